@@ -1,0 +1,218 @@
+"""Every field of a run, with its type, default and meaning. YAML holds choices and differences only.
+
+`framework.compose` builds a RunConfig from Hydra groups and command-line overrides;
+`framework.checks` refuses what cannot work, before anything starts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout.config import DataConfig, RolloutConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class TinyModelConfig:
+    """A randomly initialised Qwen3 with a character tokenizer, for machines without a model hub."""
+
+    num_layers: int = 2
+    hidden_size: int = 64
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    ffn_size: int = 192
+    tied: bool = True
+    init_seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The policy."""
+
+    hf_path: str = ""
+    """Hugging Face directory: config.json, safetensors, tokenizer. Empty: `tiny` is created."""
+    init_from: str = ""
+    """Hugging Face directory whose weights replace those of hf_path (an earlier stage's hf/)."""
+    tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
+    dtype: str = "float32"
+    """float32 | bfloat16: parameters and activations of the trainer (gradients stay fp32)."""
+    vocab_pad_multiple: int = 8
+    """The vocabulary is padded to a multiple of this times tp."""
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Any field of megatron-core's TransformerConfig, checked against the installed version."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """The trainers' layout: world size = tp * pp * cp * dp."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    """Model chunks per pipeline stage (1: no interleaving)."""
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    timeout_s: float = 600.0
+    """Bound of every collective among the trainers."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer processes."""
+        return self.tp * self.pp * self.cp * self.dp
+
+
+@dataclass(kw_only=True, slots=True)
+class AlgorithmConfig:
+    """What turns rewards into a gradient. One yaml per published method."""
+
+    name: str = "grpo"
+    advantage: str = "group_normalized"
+    """A row of framework.algorithm.advantages.ADVANTAGES."""
+    loss: str = "ppo_clip"
+    """A row of framework.algorithm.losses.LOSSES."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    std_eps: float = 1e-6
+    """Added to a group's standard deviation before the division."""
+    aggregation: str = "token_mean"
+    """token_mean | sequence_mean | sequence_sum: over the whole global batch."""
+    updates_per_step: int = 1
+    """Optimizer steps on one batch of rollouts."""
+    recompute_old_logprobs: bool = False
+    """Run the extra forward pass even where old_logprobs equal the policy's own (one update)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then constant."""
+
+    lr: float = 2e-4
+    warmup_steps: int = 10
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchConfig:
+    """How sequences are packed into micro-batches."""
+
+    max_tokens_per_microbatch: int = 8192
+    """Budget of one packed micro-batch of one data-parallel rank."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WeightSyncConfig:
+    """How the engines get new weights."""
+
+    transport: str = "distributed"
+    """A row of framework.weight_sync.TRANSPORTS: distributed | disk."""
+    bucket_mb: int = 256
+    verify: bool = True
+    """After every push compare the engine's own checksum of every tensor with ours."""
+    pause_mode: str = "retract"
+    """SGLang's pause mode while weights change: retract (exact) | in_place."""
+    timeout_s: float = 300.0
+
+
+@dataclass(kw_only=True, slots=True)
+class GateConfig:
+    """Checks that stop a run whose trainer and engine disagree."""
+
+    enabled: bool = True
+    logprob_abs_diff_max: float = 1e-4
+    """Bound of |trainer - engine| log-prob on the first batch's sampled tokens (fp32)."""
+    logprob_abs_diff_max_bf16: float = 0.5
+
+
+@dataclass(kw_only=True, slots=True)
+class WarmStartConfig:
+    """Supervised steps on the task's own demonstrations before the RL stage (0: none)."""
+
+    num_steps: int = 0
+    batch_size: int = 96
+    """Demonstrations in one step of stage=sft, here and in a stage of its own."""
+    lr: float = 3e-3
+    warmup_steps: int = 30
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """When to measure accuracy on held-out prompts."""
+
+    every_steps: int = 0
+    """0: only before the first and after the last step."""
+    at_start: bool = True
+    at_end: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """Where the roles run."""
+
+    launcher: str = "local"
+    """local: this machine | slurm: one sbatch job | manual: write the run directory, print commands."""
+    num_nodes: int = 1
+    gpus_per_node: int = 8
+    cpus_per_task: int = 8
+    trainer_nodes: int = 1
+    engine_nodes: int = 0
+    """Nodes of the engines; 0: they share the trainers' nodes."""
+    partition: str = ""
+    account: str = ""
+    time: str = "04:00:00"
+    container_image: str = ""
+    extra_sbatch: list[str] = field(default_factory=list)
+    """Further #SBATCH lines, verbatim."""
+    setup: str = ""
+    """Shell lines run on every node before a role starts (module load, source .venv/bin/activate)."""
+    stop_timeout_s: float = 20.0
+    """How long roles may take to end when asked, before they are killed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """Where figures go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    progress: bool = True
+    """Live display on a terminal; plain lines elsewhere."""
+    report: bool = True
+    """report.html at the end."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run, whole."""
+
+    name: str = "run"
+    run_dir: str = ""
+    """Empty: runs/<name>."""
+    mode: str = "train"
+    """train | rollout_only | train_only | eval"""
+    stage: str = "rl"
+    """rl | sft"""
+    seed: int = 0
+    num_steps: int = 200
+    replay_dir: str = ""
+    """For mode=train_only: the rollouts/ directory of an earlier run."""
+    dry_run: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -1,0 +1,117 @@
+"""What each field may hold by itself: choices, signs, ranges, rows of our own tables."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from framework.config import RunConfig
+from framework.config_fields import config_fields
+from framework.source_facts import table_keys
+
+CHOICES = {
+    "mode": ("train", "rollout_only", "train_only", "eval"),
+    "stage": ("rl", "sft"),
+    "model.dtype": ("float32", "bfloat16"),
+    "rollout.engine.dtype": ("float32", "bfloat16"),
+    "rollout.engine.device": ("auto", "cpu", "cuda"),
+    "algorithm.aggregation": ("token_mean", "sequence_mean", "sequence_sum"),
+    "weight_sync.pause_mode": ("retract", "in_place"),
+    "cluster.launcher": ("local", "slurm", "manual"),
+}
+POSITIVE = (
+    "num_steps",
+    "model.vocab_pad_multiple",
+    "model.tiny.num_layers",
+    "model.tiny.hidden_size",
+    "model.tiny.num_heads",
+    "model.tiny.num_kv_heads",
+    "model.tiny.ffn_size",
+    *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "timeout_s")),
+    "algorithm.updates_per_step",
+    "optimizer.lr",
+    "optimizer.eps",
+    "optimizer.clip_grad",
+    "batch.max_tokens_per_microbatch",
+    "rollout.prompts_per_step",
+    "rollout.samples_per_prompt",
+    "rollout.sampling.temperature",
+    "rollout.sampling.max_new_tokens",
+    "rollout.engine.num_engines",
+    "rollout.engine.tp",
+    "rollout.engine.max_total_tokens",
+    "rollout.engine.max_running_requests",
+    "rollout.engine.start_timeout_s",
+    "rollout.engine.request_timeout_s",
+    "rollout.batch_timeout_s",
+    "rollout.max_body_bytes",
+    "data.eval_num_prompts",
+    "weight_sync.bucket_mb",
+    "weight_sync.timeout_s",
+    "gate.logprob_abs_diff_max",
+    "gate.logprob_abs_diff_max_bf16",
+    "warm_start.batch_size",
+    "warm_start.lr",
+    "cluster.num_nodes",
+    "cluster.gpus_per_node",
+    "cluster.cpus_per_task",
+    "cluster.trainer_nodes",
+    "cluster.stop_timeout_s",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "model.tiny.init_seed",
+    "algorithm.clip_low",
+    "algorithm.clip_high",
+    "algorithm.std_eps",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "rollout.max_staleness_steps",
+    "rollout.engine.max_retries",
+    "rollout.port",
+    "data.eval_temperature",
+    "warm_start.num_steps",
+    "warm_start.warmup_steps",
+    "warm_start.weight_decay",
+    "eval.every_steps",
+    "cluster.engine_nodes",
+)
+FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2", "algorithm.clip_low")
+TABLES = {
+    "algorithm.advantage": ("framework", "algorithm/advantages.py", "ADVANTAGES"),
+    "algorithm.loss": ("framework", "algorithm/losses.py", "LOSSES"),
+    "weight_sync.transport": ("framework", "weight_sync/__init__.py", "TRANSPORTS"),
+    "data.task": ("rollout", "environments/__init__.py", "ENVIRONMENTS"),
+    "data.reward": ("rollout", "rewards/__init__.py", "REWARDS"),
+}
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    """The value at a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def field_errors(config: RunConfig) -> Iterator[str]:
+    """One line for every field whose value is impossible whatever the others are."""
+    for key in config_fields():
+        value = value_of(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value}: a finite number is wanted"
+        elif key in POSITIVE and not value > 0:
+            yield f"{key}={value}: must be greater than 0"
+        elif key in NOT_NEGATIVE and value < 0:
+            yield f"{key}={value}: must not be negative"
+        elif key in FRACTIONS and not 0 <= value < 1:
+            yield f"{key}={value}: must be in [0, 1)"
+        elif key in CHOICES and value not in CHOICES[key]:
+            yield f"{key}={value}: must be one of {', '.join(CHOICES[key])}"
+    for key, where in TABLES.items():
+        options = table_keys(*where)
+        if value_of(config, key) not in options:
+            yield f"{key}={value_of(config, key)}: must be one of {', '.join(options)}"
+    if not config.name or "/" in config.name:
+        yield f"name={config.name}: a directory name is wanted"
+    if config.rollout.port > 65535:
+        yield f"rollout.port={config.rollout.port}: a port is at most 65535 (0: any free one)"

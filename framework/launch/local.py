@@ -1,0 +1,41 @@
+"""Runs every role of a run on this machine and ends them all with it."""
+
+from collections.abc import Callable
+
+from framework.launch.prepare import Stages
+from framework.launch.roles import engine_roles, rollout_role, trainer_role
+from framework.launch.supervisor import Supervisor
+from rollout.run_dir import RunDir
+
+PhaseCallback = Callable[[str, RunDir, int], None]
+"""Called with the phase's name, its run directory and its number of steps."""
+
+
+def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None]) -> None:
+    """Run the stages to their end.
+
+    Engines start first: they load while the supervised stage trains. The trainers' first push
+    gives them the right weights, so that they need not wait for these.
+
+    Raises:
+        RoleFailedError: a role failed; everything has been stopped.
+        InterruptedRunError: a signal asked the run to end; everything has been stopped.
+    """
+    main, warm_start = stages.main, stages.warm_start
+    with Supervisor(main.cluster.stop_timeout_s) as supervisor:
+        for role in engine_roles(main):
+            supervisor.start(role)
+        if warm_start is not None:
+            first = trainer_role(warm_start, name="warm_start")
+            assert first is not None
+            on_phase("warm start", RunDir(warm_start.run_dir), warm_start.num_steps)
+            supervisor.start(first)
+            supervisor.wait(first.name, tick)
+        on_phase(main.mode, RunDir(main.run_dir), main.num_steps)
+        last = None
+        for role in (rollout_role(main), trainer_role(main)):
+            if role is not None:
+                supervisor.start(role)
+                last = role
+        assert last is not None
+        supervisor.wait(last.name, tick)

@@ -1,0 +1,91 @@
+"""Writes a run directory before anything starts: model, configuration, the supervised stage's own."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from framework.compose import ConfigError, config_yaml
+from framework.config import RunConfig
+from framework.tiny_model import create_tiny_model
+from rollout.run_dir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """What a run consists of, each with its own run directory."""
+
+    main: RunConfig
+    warm_start: RunConfig | None
+    """The supervised stage that must finish before `main` trains."""
+
+
+def resolve_stages(config: RunConfig) -> Stages:
+    """The run's stages with every path in place; touches nothing."""
+    run_dir = RunDir(config.run_dir)
+    main = dataclasses.replace(config, run_dir=str(run_dir.path))
+    model = dataclasses.replace(
+        config.model,
+        hf_path=_absolute(config.model.hf_path) or str(run_dir.path / "tiny_model"),
+        init_from=_absolute(config.model.init_from),
+    )
+    main = dataclasses.replace(main, model=model, replay_dir=_absolute(config.replay_dir))
+    if not config.warm_start.num_steps:
+        return Stages(main=main, warm_start=None)
+    warm, nested = config.warm_start, run_dir.warm_start
+    first = dataclasses.replace(
+        main,
+        name=f"{config.name}-warm_start",
+        run_dir=str(nested),
+        stage="sft",
+        num_steps=warm.num_steps,
+        optimizer=dataclasses.replace(
+            config.optimizer,
+            lr=warm.lr,
+            warmup_steps=warm.warmup_steps,
+            beta2=warm.beta2,
+            weight_decay=warm.weight_decay,
+        ),
+        warm_start=dataclasses.replace(warm, num_steps=0),
+    )
+    main = dataclasses.replace(
+        main, model=dataclasses.replace(model, init_from=str(RunDir(nested).hf))
+    )
+    return Stages(main=main, warm_start=first)
+
+
+def write_run(config: RunConfig) -> Stages:
+    """Create the run directory (and the warm start's) with model, token and config.yaml.
+
+    Raises:
+        ConfigError: another run took the directory in the meantime.
+    """
+    stages = resolve_stages(config)
+    run_dir = RunDir(stages.main.run_dir)
+    run_dir.create()
+    _write_config(run_dir, stages.main)
+    if not config.model.hf_path:
+        create_tiny_model(config.model.tiny, stages.main.model.hf_path)
+    if stages.warm_start is not None:
+        nested = RunDir(stages.warm_start.run_dir)
+        nested.create()
+        _write_config(nested, stages.warm_start)
+    return stages
+
+
+def _write_config(run_dir: RunDir, config: RunConfig) -> None:
+    """Whole or not at all, and never over another run's: link() refuses an existing name."""
+    temporary = run_dir.path / f".config.yaml.{os.getpid()}"
+    temporary.write_text(config_yaml(config), encoding="utf-8")
+    try:
+        os.link(temporary, run_dir.config)
+    except FileExistsError as error:
+        raise ConfigError(
+            [f"run_dir={run_dir.path}: already holds a run; choose another run_dir= or name="]
+        ) from error
+    finally:
+        temporary.unlink()
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""

@@ -1,0 +1,154 @@
+"""The one place that knows each role's command line and environment.
+
+The local launcher starts these commands, `cluster=manual` prints them and `cluster=slurm` puts them
+behind srun: a role does not know who started it.
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from framework.config import RunConfig
+from framework.launch.devices import visible_gpus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Role:
+    """One process of a run, with whatever it starts itself."""
+
+    name: str
+    """engine_0, rollout, trainer; also the name of its log."""
+    command: list[str]
+    log: Path
+    env: dict[str, str] = field(default_factory=dict)
+    """Added to the launcher's own environment."""
+    may_end: bool = False
+    """Whether it may end with status 0 while others still work."""
+
+
+def engine_command(run_dir: str | Path, index: int | str) -> list[str]:
+    """One SGLang engine; it writes its address to the run directory."""
+    return ["drivetrain-engine", "--run-dir", str(run_dir), "--index", str(index)]
+
+
+def rollout_command(run_dir: str | Path) -> list[str]:
+    """The rollout process: prompts, environments, rewards, buffer."""
+    return ["drivetrain-rollout", "--run-dir", str(run_dir)]
+
+
+def trainer_command(run_dir: str | Path, num_processes: int, rendezvous: list[str]) -> list[str]:
+    """torchrun over the trainer ranks of one node; rendezvous: torchrun's own options."""
+    return [
+        "torchrun",
+        "--nproc-per-node",
+        str(num_processes),
+        *rendezvous,
+        "-m",
+        "framework.train",
+        "--run-dir",
+        str(run_dir),
+    ]
+
+
+def needs_engines(config: RunConfig) -> bool:
+    """Whether this run generates (and nobody else runs its engines)."""
+    return needs_rollout(config) and not config.rollout.engine.urls
+
+
+def needs_rollout(config: RunConfig) -> bool:
+    """Whether this run has a rollout process of its own."""
+    generates = config.stage == "rl" and config.mode != "train_only"
+    return generates and not config.rollout.address
+
+
+def needs_trainer(config: RunConfig) -> bool:
+    """Whether this run trains."""
+    return config.mode in ("train", "train_only")
+
+
+def common_env(on_cpu: bool) -> dict[str, str]:
+    """What every role needs: no buffering of its log, one thread a process on a CPU."""
+    env = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if on_cpu:
+        env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    return env
+
+
+def uses_cpu(config: RunConfig) -> bool:
+    """Whether the roles on this machine compute without a GPU."""
+    return config.rollout.engine.device == "cpu" or not visible_gpus()
+
+
+def engine_roles(config: RunConfig) -> list[Role]:
+    """The engines of a run on this machine, each with its own GPUs after the trainers'."""
+    if not needs_engines(config):
+        return []
+    run_dir, engine = Path(config.run_dir), config.rollout.engine
+    gpus = [] if uses_cpu(config) else visible_gpus()
+    first = config.parallel.world_size if needs_trainer(config) else 0
+    roles = []
+    for index in range(engine.num_engines):
+        mine = gpus[first + index * engine.tp : first + (index + 1) * engine.tp]
+        roles.append(
+            Role(
+                name=f"engine_{index}",
+                command=_resolved(engine_command(run_dir, index)),
+                env=_device_env(config, mine),
+                log=run_dir / "logs" / f"engine_{index}.log",
+            )
+        )
+    return roles
+
+
+def rollout_role(config: RunConfig) -> Role | None:
+    """The rollout process on this machine; None where the run has none."""
+    if not needs_rollout(config):
+        return None
+    run_dir = Path(config.run_dir)
+    return Role(
+        name="rollout",
+        command=_resolved(rollout_command(run_dir)),
+        env=_device_env(config, []),
+        log=run_dir / "logs" / "rollout.log",
+        may_end=needs_trainer(config),
+    )
+
+
+def trainer_role(config: RunConfig, name: str = "trainer") -> Role | None:
+    """All trainer ranks on this machine under one torchrun; None where the run has none."""
+    if not needs_trainer(config):
+        return None
+    run_dir, world_size = Path(config.run_dir), config.parallel.world_size
+    gpus = [] if uses_cpu(config) else visible_gpus()[:world_size]
+    return Role(
+        name=name,
+        command=_resolved(trainer_command(run_dir, world_size, ["--standalone"])),
+        env=_device_env(config, gpus),
+        log=run_dir / "logs" / "trainer.log",
+    )
+
+
+def _resolved(command: list[str]) -> list[str]:
+    """The command with its program's full path: the launcher's PATH may lack the environment.
+
+    Raises:
+        ValueError: the program is neither beside this Python nor on PATH.
+    """
+    name, *arguments = command
+    beside = Path(sys.executable).parent / name
+    if beside.is_file():
+        # Run by this Python, whatever the script's first line says: environments get moved.
+        return [sys.executable, str(beside), *arguments]
+    found = shutil.which(name)
+    if found is None:
+        raise ValueError(f"{name}: not found beside {sys.executable} nor on PATH; pip install -e .")
+    return [found, *arguments]
+
+
+def _device_env(config: RunConfig, gpus: list[str]) -> dict[str, str]:
+    env = common_env(uses_cpu(config))
+    if visible_gpus():
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    return env

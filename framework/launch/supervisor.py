@@ -1,0 +1,252 @@
+"""Starts processes, watches them, and ends every one of them, whatever happens.
+
+Each role leads a session of its own. torchrun's workers and SGLang's children open further
+sessions; the launcher makes itself their *subreaper*, so that a process whose parent died becomes
+its child and is found. A launcher that is killed outright takes its roles with it: the kernel
+sends them SIGKILL when their parent ends, and they ask the same for their own children.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import psutil
+
+from framework.launch.roles import Role
+from rollout.process import LAUNCHER_PID
+
+POLL_S = 0.1
+KILL_TIMEOUT_S = 10.0
+TAIL_BYTES = 65536
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+# Lines that end a Python traceback or a role's own one-line reason.
+_CONSEQUENCES = (
+    "ChildFailedError",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "DistNetworkError",
+    "SignalException",
+)
+
+
+class RoleFailedError(RuntimeError):
+    """A role ended that should not have; `tail` holds the last lines of its log."""
+
+    def __init__(self, message: str, tail: list[str]) -> None:
+        super().__init__(message)
+        self.tail = tail
+
+
+class InterruptedRunError(RuntimeError):
+    """Somebody asked the run to end (Ctrl-C, SIGTERM, hang-up)."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"ended by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class Supervisor:
+    """The living roles of a run. Use as a context manager: leaving it stops everything."""
+
+    def __init__(self, stop_timeout_s: float) -> None:
+        self._stop_timeout_s = stop_timeout_s
+        self._running: dict[str, tuple[Role, subprocess.Popen[bytes], float]] = {}
+        self._signals: list[int] = []
+        self._libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+        self._exit_stack = contextlib.ExitStack()
+        self._foreign: set[psutil.Process] = set()
+
+    def __enter__(self) -> "Supervisor":
+        self._foreign = set(psutil.Process().children())
+        self._exit_stack.enter_context(self._catch_signals())
+        self._exit_stack.enter_context(self._adopt_orphans())
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._exit_stack:
+            self.stop()
+
+    def start(self, role: Role) -> None:
+        """Start a role; call it from the main thread (its parent, to the kernel, is a thread).
+
+        Raises:
+            RoleFailedError: its program cannot be started.
+        """
+        role.log.parent.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, **role.env, LAUNCHER_PID: str(os.getpid())}
+        with role.log.open("ab") as log:
+            try:
+                process = subprocess.Popen(
+                    role.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    start_new_session=True,
+                    preexec_fn=self._end_with_launcher,
+                )
+            except OSError as error:
+                raise RoleFailedError(f"{role.name} cannot be started: {error}", []) from error
+        self._running[role.name] = (role, process, time.monotonic())
+
+    def wait(self, name: str, tick: Callable[[], None] = lambda: None) -> None:
+        """Return when role `name` has ended with status 0; `tick` is called while it works.
+
+        Raises:
+            RoleFailedError: a role ended that should not have.
+            InterruptedRunError: a signal asked the run to end.
+        """
+        while True:
+            if self._signals:
+                raise InterruptedRunError(self._signals[0])
+            _, awaited, _ = self._running[name]
+            if awaited.poll() == 0:
+                del self._running[name]
+                return
+            for role, process, started in self._running.values():
+                code = process.poll()
+                if code is None or (code == 0 and role.may_end):
+                    continue
+                raise _failure(role, code, time.monotonic() - started)
+            tick()
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """End every role and whatever it started: SIGTERM, after stop_timeout_s SIGKILL.
+
+        Raises:
+            RuntimeError: a process survived SIGKILL (the kernel holds it).
+        """
+        asked = len(self._signals)
+        for _, process, _ in self._running.values():
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + self._stop_timeout_s
+        # A second Ctrl-C does not wait for the roles' own clean end.
+        while self._alive() and time.monotonic() < deadline and len(self._signals) == asked:
+            time.sleep(POLL_S / 2)
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while (alive := self._alive()) and time.monotonic() < deadline:
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(POLL_S / 2)
+        self._running.clear()
+        if alive:
+            pids = ", ".join(str(process.pid) for process in alive)
+            raise RuntimeError(f"processes {pids} survived SIGKILL for {KILL_TIMEOUT_S:g} s")
+
+    def _alive(self) -> list[psutil.Process]:
+        """Roles, their descendants, and orphans of theirs that the launcher inherited."""
+        for _, process, _ in self._running.values():
+            process.poll()
+        role_pids = {process.pid for _, process, _ in self._running.values()}
+        own_session = os.getsid(0)
+        alive: list[psutil.Process] = []
+        for child in psutil.Process().children():
+            if child in self._foreign:
+                continue
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if child.pid not in role_pids and os.getsid(child.pid) == own_session:
+                    continue  # started by the launcher itself for something else
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    if child.pid not in role_pids:
+                        os.waitpid(child.pid, os.WNOHANG)
+                    continue
+                alive += [child, *child.children(recursive=True)]
+        return alive
+
+    def _end_with_launcher(self) -> None:
+        """Runs in the child between fork and exec: the kernel kills it when the launcher ends."""
+        if self._libc is not None:
+            self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    @contextlib.contextmanager
+    def _adopt_orphans(self) -> Iterator[None]:
+        if self._libc is None:
+            yield
+            return
+        self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        try:
+            yield
+        finally:
+            self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+    @contextlib.contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        """SIGINT, SIGTERM and SIGHUP are noted; `wait` acts on them. nohup stays nohup."""
+
+        def note(signum: int, _: FrameType | None) -> None:
+            self._signals.append(signum)
+
+        previous = {}
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                previous[signum] = signal.signal(signum, note)
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def _failure(role: Role, code: int, lived_s: float) -> RoleFailedError:
+    how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    tail = log_tail(role)
+    reason = failure_reason(tail)
+    message = f"{role.name} ended with {how} after {lived_s:.0f} s"
+    if reason:
+        message += f": {reason}"
+    return RoleFailedError(f"{message}; see {role.log}", tail)
+
+
+def log_tail(role: Role) -> list[str]:
+    """The last 64 KiB of a role's log, in lines."""
+    try:
+        with role.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def failure_reason(tail: list[str]) -> str:
+    """The line of a log that says why the process failed; "" where none does.
+
+    Preferred: the role's own one-line reason (`drivetrain...: ...`), then the first line that ends
+    a traceback and is a cause, not a consequence in another rank.
+    """
+    own = [line.strip() for line in tail if _is_own_reason(line)]
+    if own:
+        return own[0]
+    errors = [line.strip() for line in tail if _ends_traceback(line)]
+    causes = [line for line in errors if not any(word in line for word in _CONSEQUENCES)]
+    return causes[0] if causes else (errors[-1] if errors else "")
+
+
+def _is_own_reason(line: str) -> bool:
+    name, colon, rest = line.strip().partition(": ")
+    return bool(colon) and name.startswith("drivetrain") and " " not in name and bool(rest)
+
+
+def _ends_traceback(line: str) -> bool:
+    text = line.strip()
+    if text.startswith("[rank") and "]: " in text:
+        text = text.split("]: ", 1)[1]
+    name, colon, _ = text.partition(":")
+    last = name.rsplit(".", 1)[-1]
+    return (
+        bool(colon)
+        and name.replace(".", "").replace("_", "").isalnum()
+        and last.endswith(("Error", "Exception", "Timeout", "Interrupt"))
+        and last[:1].isupper()
+    )

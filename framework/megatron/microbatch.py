@@ -1,0 +1,127 @@
+"""Samples of a micro-batch as packed THD tensors, one row of T tokens, aligned for prediction.
+
+Position t holds token t and everything about the *next* token of its sequence: its id is the label,
+its log-prob is the output. So loss_mask, advantages and log-probs of a response token sit one
+position before it, and the last position of each sequence has no label.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from framework.megatron.packing import zigzag_positions
+from framework.megatron.parallel import Mesh
+from rollout.types import Sample
+
+
+@dataclass(kw_only=True)
+class Microbatch:
+    """What one rank runs through the model at once; [T] = this rank's packed positions."""
+
+    samples: list[int]
+    """Indices into the step's batch, in packed order."""
+    tokens: torch.Tensor
+    """[T] int64."""
+    labels: torch.Tensor
+    """[T] int64: the next token of the same sequence; 0 where there is none."""
+    position_ids: torch.Tensor
+    """[T] int64, from 0 in each sequence."""
+    loss_mask: torch.Tensor
+    """[T] float32: 1 where the label was written by the policy."""
+    weights: torch.Tensor
+    """[T] float32: loss_mask times the token's share of the global batch."""
+    advantages: torch.Tensor
+    """[T] float32."""
+    rollout_logprobs: torch.Tensor
+    """[T] float32."""
+    packed_seq_params: PackedSeqParams
+    old_logprobs: torch.Tensor | None = None
+    """[T] float32, on ranks of the last stage once computed."""
+
+
+def pack_microbatch(
+    indices: Sequence[int],
+    samples: Mapping[int, Sample],
+    advantages: Mapping[int, torch.Tensor],
+    token_weight: Mapping[int, float],
+    mesh: Mesh,
+    sequence_parallel: bool,
+) -> Microbatch:
+    """Pack samples (by index into the step's batch) for one rank.
+
+    Args:
+        advantages: for each index [R] float32.
+        token_weight: for each index the weight of one of its policy tokens in the global loss.
+
+    An empty `indices` gives a micro-batch of padding, so that all ranks run equally many.
+    """
+    cp = mesh.layout.cp
+    multiple = 2 * cp if cp > 1 else 1
+    columns: dict[str, list[torch.Tensor]] = {
+        name: []
+        for name in ("tokens", "labels", "loss_mask", "weights", "advantages", "rollout_logprobs")
+    }
+    cu_seqlens = [0]
+    for i in indices:
+        sample = samples[i]
+        length = len(sample.tokens)
+        padded = -(-length // multiple) * multiple
+        row = _sequence(sample, advantages[i], token_weight[i])
+        for name, values in row.items():
+            columns[name].append(torch.nn.functional.pad(values, (0, padded - length)))
+        cu_seqlens.append(cu_seqlens[-1] + padded)
+    # Sequence parallelism cuts each rank's tokens by tp; an empty micro-batch needs some as well.
+    whole = multiple * (mesh.layout.tp if sequence_parallel else 1)
+    filler = -cu_seqlens[-1] % whole if cu_seqlens[-1] else whole
+    if filler:
+        for name, parts in columns.items():
+            dtype = torch.int64 if name in ("tokens", "labels") else torch.float32
+            parts.append(torch.zeros(filler, dtype=dtype))
+        cu_seqlens.append(cu_seqlens[-1] + filler)
+    packed = {name: torch.cat(parts) for name, parts in columns.items()}
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32)
+    sizes = starts.diff()
+    packed["position_ids"] = torch.arange(cu_seqlens[-1]) - starts[:-1].repeat_interleave(sizes)
+    if cp > 1:
+        mine = torch.tensor(zigzag_positions(cu_seqlens, cp, mesh.coords.cp))
+        packed = {name: values[mine] for name, values in packed.items()}
+    longest = int(sizes.max())
+    starts = starts.to(mesh.device)
+    return Microbatch(
+        samples=list(indices),
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+        **{name: values.to(mesh.device) for name, values in packed.items()},
+    )
+
+
+def _sequence(
+    sample: Sample, advantages: torch.Tensor, token_weight: float
+) -> dict[str, torch.Tensor]:
+    """One sample's columns, [P + R] each."""
+    tokens = torch.from_numpy(sample.tokens.astype("int64"))
+    length, first = len(tokens), sample.prompt_length - 1
+    labels = torch.zeros(length, dtype=torch.int64)
+    labels[:-1] = tokens[1:]
+
+    def predicted(values: torch.Tensor) -> torch.Tensor:
+        column = torch.zeros(length)
+        column[first : length - 1] = values
+        return column
+
+    mask = torch.from_numpy(sample.loss_mask.astype("float32"))
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": predicted(mask),
+        "weights": predicted(mask * token_weight),
+        "advantages": predicted(advantages * mask),
+        "rollout_logprobs": predicted(torch.from_numpy(sample.rollout_logprobs.copy()) * mask),
+    }

@@ -1,0 +1,202 @@
+"""Build the policy: megatron-core's GPTModel from a Hugging Face config, wrapped for training."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from framework.config import ModelConfig, OptimizerConfig, ParallelConfig
+from framework.megatron.parallel import Mesh
+from framework.megatron.torch_spec import torch_block_spec
+from megatron_bridge.layout import padded_vocab_size
+from megatron_bridge.models import describe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Longest rotary table; megatron builds it lazily, by the longest sequence of a batch.
+MAX_POSITIONS = 1 << 20
+
+
+@dataclasses.dataclass
+class Policy:
+    """The model chunks of one rank, with their gradients and optimizer."""
+
+    config: TransformerConfig
+    hf_config: dict[str, Any]
+    vocab_size: int
+    """Real tokens; the parameters are padded beyond."""
+    chunks: list[GPTModel]
+    """The bare models, one per virtual pipeline stage."""
+    wrapped: list[DistributedDataParallel]
+    """The same, with gradient buffers and data-parallel reduction."""
+    optimizer: MegatronOptimizer
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Learning rate of the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+
+def uses_transformer_engine() -> bool:
+    """One answer for specs and parameter names: TE where it is installed and can run."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory."""
+    return json.loads((Path(hf_dir) / "config.json").read_text())
+
+
+def transformer_config(
+    hf_config: dict[str, Any], model: ModelConfig, parallel: ParallelConfig
+) -> TransformerConfig:
+    """megatron-core's configuration: the architecture's table, the layout, and this machine.
+
+    `model.megatron` overrides last. Dropout is 0: the trainer must compute what the engine computes.
+    """
+    gpu, dtype = torch.cuda.is_available(), DTYPES[model.dtype]
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    interleaved = parallel.vpp > 1
+    settings: dict[str, Any] = {
+        **describe(hf_config).transformer,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if interleaved else None,
+        "context_parallel_size": parallel.cp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Packed micro-batches differ in length, so pipeline stages exchange shapes; megatron then
+        # insists on this dispatcher even for dense models.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        # Interleaved stages are silently wrong with batched point-to-point communication.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        # Losses arrive divided by the global count already (see step.py): gradients are summed.
+        "calculate_per_token_loss": True,
+        "deallocate_pipeline_outputs": True,
+        "use_cpu_initialization": not gpu,
+        "perform_initialization": False,
+        "gradient_accumulation_fusion": gpu and has_apex,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": gpu,
+        "apply_rope_fusion": uses_transformer_engine(),
+        "moe_grouped_gemm": uses_transformer_engine(),
+    }
+    settings.update(model.megatron)
+    return TransformerConfig(**settings)
+
+
+def build_chunks(
+    hf_config: dict[str, Any], config: TransformerConfig, vocab_pad_multiple: int
+) -> list[GPTModel]:
+    """The bare models of this rank, one per virtual pipeline stage, weights not yet loaded."""
+    description = describe(hf_config)
+    padded = padded_vocab_size(
+        description.shape.vocab_size, vocab_pad_multiple, config.tensor_model_parallel_size
+    )
+    stages = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(stages) if stages else [None]:
+        if uses_transformer_engine():
+            spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+        else:
+            spec = torch_block_spec(config, vp_stage=stage)
+        place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=padded,
+            max_sequence_length=MAX_POSITIONS,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            vp_stage=stage,
+            **description.gpt,
+        )
+        chunks.append(chunk.cuda())  # the CPU where there is no CUDA
+    return chunks
+
+
+def build_policy(
+    hf_config: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    load_weights: Any,
+) -> Policy:
+    """Build, load and wrap the policy.
+
+    Args:
+        load_weights: called with the bare chunks before the optimizer copies their parameters.
+    """
+    warnings.filterwarnings("ignore", module="megatron")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    config = transformer_config(hf_config, model, parallel)
+    chunks = build_chunks(hf_config, config, model.vocab_pad_multiple)
+    load_weights(chunks)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=True,
+        average_in_collective=False,
+    )
+    wrapped = []
+    for i, chunk in enumerate(chunks):
+        module = Float16Module(config, chunk) if config.bf16 else chunk
+        wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0))
+    megatron_optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            min_lr=0.0,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        ),
+        wrapped,
+    )
+    # The loss is divided by the global count before the backward pass, so nothing is left to scale.
+    config.finalize_model_grads_func = lambda models, num_tokens, **rest: finalize_model_grads(
+        models, None, **rest
+    )
+    config.grad_scale_func = megatron_optimizer.scale_loss
+    for each in wrapped:
+        each.train()
+    return Policy(
+        config=config,
+        hf_config=hf_config,
+        vocab_size=describe(hf_config).shape.vocab_size,
+        chunks=chunks,
+        wrapped=wrapped,
+        optimizer=megatron_optimizer,
+    )

@@ -1,0 +1,185 @@
+"""Forward passes and updates: micro-batches in, log-probs or a trained policy and figures out."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from framework.algorithm.losses import Loss, LossConfig, LossInputs
+from framework.megatron.logprobs import LogprobContext, logprob_output_processor
+from framework.megatron.microbatch import Microbatch
+from framework.megatron.model import Policy
+from framework.megatron.parallel import Mesh
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
+# Where |policy - rollout| is compared, only tokens the policy wrote count.
+SUMS = ("loss", "entropy", "tokens", "rollout_diff")
+
+
+@dataclass
+class StepRunner:
+    """Runs micro-batches through one policy."""
+
+    policy: Policy
+    mesh: Mesh
+    temperature: float
+
+    def _run(
+        self,
+        microbatches: list[Microbatch],
+        loss_function: Callable[[Microbatch, torch.Tensor], Any],
+        forward_only: bool,
+    ) -> list[dict[str, Any]]:
+        """megatron-core's schedule over the micro-batches.
+
+        Returns what loss_function reported for each, in order; empty except on the last stage.
+        """
+        context = LogprobContext(self.temperature, self.policy.vocab_size, self.mesh.tp_group)
+
+        def forward_step(
+            batches: Iterator[Microbatch], model: torch.nn.Module
+        ) -> tuple[torch.Tensor, LossFunction]:
+            batch = next(batches)
+            output = model(
+                batch.tokens[None],
+                batch.position_ids[None],
+                None,
+                labels=batch.labels[None],
+                packed_seq_params=batch.packed_seq_params,
+                output_processor=logprob_output_processor,
+                output_processor_context=context,
+            )
+            return output, functools.partial(loss_function, batch)
+
+        models = self.policy.wrapped
+        # Every virtual stage walks the same micro-batches with an iterator of its own.
+        iterators = [iter(microbatches) for _ in models]
+        single = len(models) == 1
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=models[0] if single else models,
+            num_microbatches=len(microbatches),
+            seq_length=max(len(batch.tokens) for batch in microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def logprobs(self, microbatches: list[Microbatch]) -> None:
+        """Fill `old_logprobs` of the micro-batches by a forward pass (last stage only)."""
+
+        def keep(batch: Microbatch, output: torch.Tensor) -> Any:
+            return output.sum() * 0, _no_tokens(), {"logprobs": output[0].detach()}
+
+        with torch.no_grad():
+            outputs = self._run(microbatches, keep, forward_only=True)
+        for batch, output in zip(microbatches, outputs, strict=self.mesh.is_last_stage):
+            batch.old_logprobs = output["logprobs"]
+
+    def update(
+        self, microbatches: list[Microbatch], loss: Loss, config: LossConfig, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step.
+
+        Where a micro-batch has no old_logprobs the policy's own stand in: exact for the first
+        update on a batch, before which the policy is the old policy.
+
+        Returns:
+            Figures of the global batch, the same on every rank: train/loss, train/entropy,
+            train/grad_norm, train/rollout_logprob_abs_diff_{max,mean}, and the loss's own.
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite.
+        """
+
+        def evaluate(batch: Microbatch, output: torch.Tensor) -> Any:
+            logprobs, entropy = output
+            old = batch.old_logprobs if batch.old_logprobs is not None else logprobs.detach()
+            result = loss(
+                LossInputs(
+                    policy_logprobs=logprobs,
+                    old_logprobs=old,
+                    advantages=batch.advantages,
+                    loss_mask=batch.loss_mask,
+                    entropy=entropy,
+                ),
+                config,
+            )
+            total = (result.loss * batch.weights).sum()
+            figures = _figures(batch, total, logprobs, entropy, result.metrics)
+            return total, _no_tokens(), figures
+
+        for model in self.policy.wrapped:
+            model.zero_grad_buffer()
+        self.policy.optimizer.zero_grad()
+        self.policy.set_learning_rate(lr)
+        reports = self._run(microbatches, evaluate, forward_only=False)
+        _, grad_norm, _ = self.policy.optimizer.step()
+        grad_norm = float(grad_norm)
+        if grad_norm != grad_norm or grad_norm in (float("inf"), float("-inf")):
+            raise FloatingPointError(f"train/grad_norm is {grad_norm}; the update is not usable")
+        return {**reduce_figures(reports, self.mesh), "train/grad_norm": grad_norm}
+
+
+def _no_tokens() -> torch.Tensor:
+    # megatron divides by this count when asked to; we have divided already (see model.py).
+    return torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
+
+
+def _figures(
+    batch: Microbatch,
+    total: torch.Tensor,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    metrics: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Sums and maxima of one micro-batch, [] float32 each."""
+    mask = batch.loss_mask
+    with torch.no_grad():
+        difference = (logprobs - batch.rollout_logprobs).abs() * mask
+        return {
+            "loss": total.detach(),
+            "tokens": mask.sum(),
+            "entropy": (entropy * mask).sum(),
+            "rollout_diff": difference.sum(),
+            "rollout_diff_max": difference.max(),
+            **{f"loss/{name}": (values * mask).sum() for name, values in metrics.items()},
+        }
+
+
+def reduce_figures(reports: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Sum (or maximise) over micro-batches and ranks; the same result on every rank."""
+    names: list[str] = sorted(reports[0]) if mesh.reports else []
+    # Ranks that report nothing must still know the names: the last stage's first rank tells them.
+    box: list[Any] = [names]
+    source = mesh.layout.rank(pp=mesh.layout.pp - 1)
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    names = box[0]
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    if mesh.reports:
+        for report in reports:
+            values = torch.stack([report[name] for name in names]).double().cpu()
+            peak = names.index("rollout_diff_max")
+            values[peak], sums[peak] = 0.0, max(sums[peak], values[peak])
+            sums += values
+    peak = names.index("rollout_diff_max")
+    largest = sums[peak].clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(sums)
+    totals = dict(zip(names, sums.tolist(), strict=True))
+    tokens = max(1.0, totals["tokens"])
+    figures = {
+        "train/loss": totals["loss"],
+        "train/tokens": totals["tokens"],
+        "train/entropy": totals["entropy"] / tokens,
+        "train/rollout_logprob_abs_diff_mean": totals["rollout_diff"] / tokens,
+        "train/rollout_logprob_abs_diff_max": float(largest),
+    }
+    for name, value in totals.items():
+        if name.startswith("loss/"):
+            figures[f"train/{name.removeprefix('loss/')}"] = value / tokens
+    return figures

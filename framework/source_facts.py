@@ -1,0 +1,96 @@
+"""Names read from source files without importing them.
+
+Configuration is refused in a fraction of a second, before torch, SGLang or megatron-core are
+loaded; the packages' own sources say which fields they have.
+"""
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+
+
+class MissingPackage(ValueError):
+    """A package whose fields a key refers to is not installed."""
+
+
+def _package_dir(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackage(f"{package} is not installed")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _annotated_fields(path: Path, class_names: set[str] | None) -> dict[str, str]:
+    """Field name -> annotation text of the named classes (None: all classes) of one file."""
+    found: dict[str, str] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        if class_names is not None and node.name not in class_names:
+            continue
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                found[item.target.id] = ast.unparse(item.annotation)
+    return found
+
+
+@functools.cache
+def sglang_server_args() -> dict[str, str]:
+    """Field name -> type text of the installed SGLang's ServerArgs.
+
+    0.5.23 assembles ServerArgs from the structs of srt/arg_groups/fields/, each field written
+    `name: A[type, ...]`; older versions have one dataclass in srt/server_args.py.
+    """
+    root = _package_dir("sglang") / "srt"
+    fields = _annotated_fields(root / "server_args.py", {"ServerArgs"})
+    for path in sorted((root / "arg_groups" / "fields").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                fields.update(_struct_fields(node))
+    return {name: kind for name, kind in fields.items() if not name.startswith("_")}
+
+
+def _struct_fields(node: ast.ClassDef) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for item in node.body:
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+            continue
+        annotation: ast.expr = item.annotation
+        if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A":
+            content = annotation.slice
+            annotation = content.elts[0] if isinstance(content, ast.Tuple) else content
+        fields[item.target.id] = ast.unparse(annotation)
+    return fields
+
+
+@functools.cache
+def megatron_config_fields() -> dict[str, str]:
+    """Field name -> type text of the installed megatron-core's TransformerConfig."""
+    root = _package_dir("megatron") / "core"
+    fields = _annotated_fields(root / "model_parallel_config.py", {"ModelParallelConfig"})
+    path = root / "transformer" / "transformer_config.py"
+    fields.update(_annotated_fields(path, {"TransformerConfig"}))
+    return fields
+
+
+@functools.cache
+def table_keys(package: str, module: str, table: str) -> tuple[str, ...]:
+    """Keys of one of our literal tables, e.g. ("rollout", "environments/__init__.py", ...).
+
+    Raises ValueError when the file has no such literal dict: the table was moved or computed.
+    """
+    path = _package_dir(package) / module
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        named = any(isinstance(target, ast.Name) and target.id == table for target in targets)
+        if named and isinstance(node, ast.Assign | ast.AnnAssign):
+            if not isinstance(node.value, ast.Dict):
+                break
+            keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+            return tuple(str(key) for key in keys)
+    raise ValueError(f"{path} has no literal table {table}")

@@ -1,0 +1,142 @@
+"""Entry of a trainer rank: `torchrun ... -m framework.train --run-dir RUN`."""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from framework.compose import load_run_config
+from framework.config import RunConfig
+from rollout.process import follow_launcher
+from rollout.run_dir import RunDir
+
+
+def main() -> None:
+    """Train as RUN/config.yaml says; exit 1 with one line on stderr when that fails."""
+    parser = argparse.ArgumentParser(description="one trainer rank; start it with torchrun")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    arguments = parser.parse_args()
+    follow_launcher(direct=False)
+    run_dir = RunDir(arguments.run_dir)
+    try:
+        run(load_run_config(run_dir.path), run_dir)
+    except Exception as error:  # the boundary of the process: every failure leaves one clear line
+        traceback.print_exc()
+        print(f"trainer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def run(config: RunConfig, run_dir: RunDir) -> None:
+    """Build this rank's trainer, run the loop, save the final policy to run_dir/hf."""
+    from framework.megatron.model import DTYPES, build_policy, read_hf_config
+    from framework.megatron.parallel import start_mesh, stop_mesh
+    from framework.metrics import MetricsLogger
+    from framework.trainer import Trainer
+    from megatron_bridge.export import ExportPlan, export_buckets
+    from megatron_bridge.load import load_hf
+    from megatron_bridge.save import save_buckets
+
+    mesh = start_mesh(config.parallel, config.seed)
+    hf_config = read_hf_config(config.model.hf_path)
+    multiple = config.model.vocab_pad_multiple
+
+    def load_weights(chunks: list[Any]) -> None:
+        weights = config.model.init_from or config.model.hf_path
+        load_hf(chunks, weights, mesh.layout, mesh.coords, multiple)
+
+    policy = build_policy(
+        hf_config, config.model, config.parallel, optimizer_config(config), mesh, load_weights
+    )
+    plan = ExportPlan(
+        hf_config,
+        mesh.layout,
+        vocab_pad_multiple=multiple,
+        bucket_bytes=config.weight_sync.bucket_mb << 20,
+        dtype=DTYPES[config.model.dtype],
+    )
+    live = config.stage == "rl" and config.mode == "train"
+    source = batch_source(config, run_dir)
+    logger = None
+    if mesh.rank == 0:
+        logger = MetricsLogger(run_dir.path, tensorboard=config.tracker.tensorboard)
+    trainer = Trainer(
+        config=config,
+        mesh=mesh,
+        policy=policy,
+        source=source,
+        sync=weight_sync(config, run_dir, mesh.rank, policy, plan) if live else None,
+        logger=logger,
+    )
+    trainer.train()
+    buckets = export_buckets(plan, policy.chunks, mesh.rank)
+    save_buckets(buckets, run_dir.hf, like=Path(config.model.hf_path), writes=mesh.rank == 0)
+    if logger is not None:
+        source.finish()
+        logger.close()
+    stop_mesh()
+
+
+def optimizer_config(config: RunConfig):
+    """The stage's optimizer."""
+    return config.optimizer
+
+
+def batch_source(config: RunConfig, run_dir: RunDir):
+    """Where this run's batches come from."""
+    from rollout.source import BufferClient, JournalSource
+
+    if config.stage == "sft":
+        from transformers import AutoTokenizer
+
+        from framework.demonstrations import DemonstrationSource
+
+        tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
+        return DemonstrationSource(
+            config.data, tokenizer, config.seed, config.warm_start.batch_size
+        )
+    if config.mode == "train_only":
+        return JournalSource(Path(config.replay_dir))
+    timeout_s = config.rollout.batch_timeout_s
+    url = config.rollout.address or run_dir.wait_address("rollout", timeout_s)
+    return BufferClient(url, run_dir.token(), timeout_s)
+
+
+def weight_sync(config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan: Any):
+    """The link to the engines; only rank 0 talks to them."""
+    from framework.megatron.model import DTYPES
+    from framework.weight_sync import WeightSync
+    from framework.weight_sync.base import PushContext
+    from framework.weight_sync.engines import Engines
+
+    engine, sync = config.rollout.engine, config.weight_sync
+    engines = None
+    if rank == 0:
+        urls = engine.urls or [
+            run_dir.wait_address(f"engine_{k}", engine.start_timeout_s)
+            for k in range(engine.num_engines)
+        ]
+        engines = Engines(urls, engine.api_key or run_dir.token(), sync.timeout_s)
+    context = PushContext(
+        plan=plan,
+        chunks=policy.chunks,
+        rank=rank,
+        engine_tp=engine.tp,
+        host=config.rollout.host,
+        scratch_dir=run_dir.path / "weights",
+        like=Path(config.model.hf_path),
+        flush_cache=sync.pause_mode == "retract",
+    )
+    return WeightSync(
+        sync.transport,
+        context,
+        engines,
+        pause_mode=sync.pause_mode,
+        verify=sync.verify,
+        hf_config=policy.hf_config,
+        engine_dtype=DTYPES[engine.dtype],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""One trainer rank: take -> logprobs -> advantages -> pack -> step -> publish -> log."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from framework.algorithm.advantages import ADVANTAGES, AdvantageConfig, AdvantageInputs
+from framework.algorithm.losses import LOSSES, LossConfig, token_weights
+from framework.batching import UpdatePlan, plan_step
+from framework.config import RunConfig
+from framework.megatron.microbatch import Microbatch, pack_microbatch
+from framework.megatron.model import Policy
+from framework.megatron.parallel import Mesh
+from framework.megatron.step import StepRunner
+from framework.metrics import MetricsLogger
+from framework.weight_sync import WeightSync
+from rollout.source import BatchSource
+from rollout.types import Sample, StepBatch
+
+
+class GateError(RuntimeError):
+    """Trainer and engine disagree on the log-probs of what the engine sampled."""
+
+
+@dataclass
+class Trainer:
+    """Everything one rank needs for the loop."""
+
+    config: RunConfig
+    mesh: Mesh
+    policy: Policy
+    source: BatchSource
+    sync: WeightSync | None
+    """None where no engine follows the training (stage=sft, mode=train_only)."""
+    logger: MetricsLogger | None
+    """On the reporting rank (0)."""
+
+    def __post_init__(self) -> None:
+        sft = self.config.stage == "sft"
+        algorithm = self.config.algorithm
+        self.num_updates = 1 if sft else algorithm.updates_per_step
+        self.aggregation = "token_mean" if sft else algorithm.aggregation
+        self.loss = LOSSES["negative_log_likelihood" if sft else algorithm.loss]
+        self.loss_config = LossConfig(clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+        temperature = 1.0 if sft else self.config.rollout.sampling.temperature
+        self.runner = StepRunner(self.policy, self.mesh, temperature)
+
+    def train(self) -> None:
+        """The loop, whole."""
+        config = self.config
+        self.push(0)
+        self.evaluate(0, config.eval.at_start)
+        for step in range(config.num_steps):
+            self.source.publish(step)
+            start = time.perf_counter()
+            batch = self.source.take(step)
+            taken = time.perf_counter()
+            metrics = self.train_step(batch)
+            trained = time.perf_counter()
+            version = step + 1
+            sync_metrics = self.push(version)
+            end = time.perf_counter()
+            tokens = sum(info.prompt_length + info.response_length for info in batch.samples)
+            times = {
+                "perf/step_time_s": end - start,
+                "perf/wait_s": taken - start,
+                "perf/train_s": trained - taken,
+                "perf/weight_sync_s": end - trained,
+                "perf/tokens_per_s": tokens / (end - start),
+            }
+            self.log(version, {**batch.metrics, **metrics, **sync_metrics, **times})
+            every = config.eval.every_steps
+            last = version == config.num_steps
+            due = config.eval.at_end if last else bool(every) and version % every == 0
+            self.evaluate(version, due)
+
+    def train_step(self, batch: StepBatch) -> dict[str, float]:
+        """Train on one batch; returns its figures, the same on every rank."""
+        plans = self.plan(batch)
+        samples = self.fetch(batch, plans)
+        advantages = self.advantages(batch)
+        updates = [self.pack(plan, batch, samples, advantages) for plan in plans]
+        gate = batch.step == 0 and self.config.stage == "rl" and self.config.gate.enabled
+        several = len(updates) > 1 or self.config.algorithm.recompute_old_logprobs
+        if gate or several:
+            for microbatches in updates:
+                self.runner.logprobs(microbatches)
+        if gate:
+            self.check_gate(updates)
+        figures: list[dict[str, float]] = []
+        for i, microbatches in enumerate(updates):
+            lr = self.learning_rate(batch.step * len(updates) + i)
+            figures.append(self.runner.update(microbatches, self.loss, self.loss_config, lr))
+        metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+        # Later updates see a policy that has moved on: only the first compares like with like.
+        for name in ("max", "mean"):
+            key = f"train/rollout_logprob_abs_diff_{name}"
+            metrics[key] = figures[0][key]
+        return {
+            **metrics,
+            "train/lr": lr,
+            "train/num_microbatches": sum(plan.num_microbatches for plan in plans),
+        }
+
+    def plan(self, batch: StepBatch) -> list[UpdatePlan]:
+        """Who trains what; the same on every rank."""
+        layout = self.mesh.layout
+        return plan_step(
+            [info.prompt_length + info.response_length for info in batch.samples],
+            dp=layout.dp,
+            max_tokens=self.config.batch.max_tokens_per_microbatch,
+            num_updates=self.num_updates,
+            length_multiple=2 * layout.cp if layout.cp > 1 else 1,
+        )
+
+    def fetch(self, batch: StepBatch, plans: list[UpdatePlan]) -> dict[int, Sample]:
+        """This rank's own samples, by index into the batch."""
+        mine = sorted(i for plan in plans for i in plan.samples_of(self.mesh.coords.dp))
+        return dict(zip(mine, self.source.fetch(batch.step, mine), strict=True))
+
+    def advantages(self, batch: StepBatch) -> list[torch.Tensor]:
+        """[R] for every sample of the batch, from metadata alone."""
+        infos = batch.samples
+        if self.config.stage == "sft":
+            return [torch.ones(1).expand(info.response_length) for info in infos]
+        algorithm = self.config.algorithm
+        inputs = AdvantageInputs(
+            rewards=torch.tensor([info.reward for info in infos]),
+            group_ids=torch.tensor([info.group_id for info in infos]),
+            response_lengths=[info.response_length for info in infos],
+        )
+        config = AdvantageConfig(std_eps=algorithm.std_eps)
+        return ADVANTAGES[algorithm.advantage](inputs, config)
+
+    def pack(
+        self,
+        plan: UpdatePlan,
+        batch: StepBatch,
+        samples: dict[int, Sample],
+        advantages: list[torch.Tensor],
+    ) -> list[Microbatch]:
+        """This rank's micro-batches of one update."""
+        counts = {
+            i: batch.samples[i].num_loss_tokens
+            for dp in range(self.mesh.layout.dp)
+            for i in plan.samples_of(dp)
+        }
+        totals = {
+            "global_tokens": sum(counts.values()),
+            "global_sequences": sum(1 for count in counts.values() if count),
+        }
+        mine = plan.microbatches[self.mesh.coords.dp]
+        weights = {
+            i: token_weights(self.aggregation, num_loss_tokens=counts[i], **totals)
+            for indices in mine
+            for i in indices
+        }
+        by_index = dict(enumerate(advantages))
+        parallel = self.config.parallel
+        return [
+            pack_microbatch(
+                indices, samples, by_index, weights, self.mesh, parallel.sequence_parallel
+            )
+            for indices in mine
+        ]
+
+    def learning_rate(self, update: int) -> float:
+        """Linear warm-up, then constant: a function of the update's number alone."""
+        optimizer = self.config.optimizer
+        return optimizer.lr * min(1.0, (update + 1) / max(1, optimizer.warmup_steps))
+
+    def check_gate(self, updates: list[list[Microbatch]]) -> None:
+        """Compare trainer and engine log-probs on the first batch; all ranks decide alike.
+
+        Raises:
+            GateError: they differ by more than the bound of the model's dtype.
+        """
+        worst = torch.zeros(1)
+        if self.mesh.reports:
+            for batch in (each for microbatches in updates for each in microbatches):
+                assert batch.old_logprobs is not None
+                difference = (batch.old_logprobs - batch.rollout_logprobs).abs() * batch.loss_mask
+                worst = torch.maximum(worst, difference.max().cpu())
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        gate, dtypes = self.config.gate, {self.config.model.dtype, self.config.rollout.engine.dtype}
+        exact = dtypes == {"float32"}
+        bound = gate.logprob_abs_diff_max if exact else gate.logprob_abs_diff_max_bf16
+        if not worst.item() <= bound:
+            key = "logprob_abs_diff_max" + ("" if exact else "_bf16")
+            raise GateError(
+                f"step 0: trainer and engine log-probs differ by up to {worst.item():.3g} on the "
+                f"sampled tokens; gate.{key}={bound:g}. Do both hold the same model and weights?"
+            )
+
+    def push(self, version: int) -> dict[str, float]:
+        """Bring the engines to this version."""
+        if self.sync is None:
+            return {}
+        report = self.sync.push(version)
+        return {
+            "perf/weight_sync_bytes": float(report.size_bytes),
+            "perf/weight_verify_s": report.verify_s,
+        }
+
+    def evaluate(self, version: int, due: bool) -> None:
+        """Measure accuracy where it is due and an engine is there; all ranks wait for it."""
+        if not due or self.sync is None:
+            return
+        if self.mesh.rank == 0:
+            result = self.source.evaluate(version)
+            self.log(
+                version,
+                {
+                    "eval/accuracy": result.accuracy,
+                    "eval/response_length_mean": result.response_length_mean,
+                    "eval/time_s": result.time_s,
+                },
+            )
+        dist.barrier()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write figures, on the rank that does."""
+        if self.logger is not None:
+            self.logger.log(step, metrics)

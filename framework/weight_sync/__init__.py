@@ -1,0 +1,74 @@
+"""Trainers to engines: pause, send, verify, continue.
+
+push(version):  pause engines -> transport.send -> engine checksums == ours -> continue
+"""
+
+import time
+from typing import Any
+
+from framework.weight_sync.base import PushContext, PushReport, Transport
+from framework.weight_sync.disk import DiskPush
+from framework.weight_sync.distributed import DistributedPush
+from framework.weight_sync.engines import Engines, WeightSyncError
+from megatron_bridge.checksum import ExpectedChecksums
+
+TRANSPORTS: dict[str, type[Transport]] = {
+    "distributed": DistributedPush,
+    "disk": DiskPush,
+}
+
+
+class WeightSync:
+    """Keeps the engines at the trainers' weights. Every trainer rank holds one."""
+
+    def __init__(
+        self,
+        transport: str,
+        context: PushContext,
+        engines: Engines | None,
+        *,
+        pause_mode: str,
+        verify: bool,
+        hf_config: dict[str, Any],
+        engine_dtype: Any,
+    ) -> None:
+        self._transport = TRANSPORTS[transport](context)
+        self._engines = engines
+        self._pause_mode = pause_mode
+        self._verify = verify
+        self._hf_config = hf_config
+        self._engine_dtype = engine_dtype
+        self._engine_tp = context.engine_tp
+
+    def push(self, version: int) -> PushReport:
+        """Make every engine serve the trainers' weights as `version`; collective.
+
+        Raises:
+            WeightSyncError: an engine failed, or its own checksum of a tensor is not ours; the
+                message names the tensors. The engines then stay paused.
+        """
+        if self._engines is None:
+            self._transport.send(version, None, None)
+            return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
+        verifier = None
+        if self._verify:
+            verifier = ExpectedChecksums(self._hf_config, self._engine_tp, self._engine_dtype)
+        start = time.perf_counter()
+        with self._engines.paused(self._pause_mode):
+            size = self._transport.send(version, self._engines, verifier)
+            sent = time.perf_counter()
+            if verifier is not None:
+                self._compare(version, verifier)
+        end = time.perf_counter()
+        return PushReport(size_bytes=size, time_s=end - start, verify_s=end - sent)
+
+    def _compare(self, version: int, verifier: ExpectedChecksums) -> None:
+        assert self._engines is not None
+        replies = self._engines.checksums()
+        for url, reply in zip(self._engines.urls, replies, strict=True):
+            wrong = verifier.compare(reply)
+            if wrong:
+                raise WeightSyncError(
+                    f"{url} holds other weights than the trainers after the push of version "
+                    f"{version}: {'; '.join(wrong)}"
+                )

@@ -1,0 +1,54 @@
+"""What every transport of weights shares: the seam, the context, the report."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from framework.weight_sync.engines import Engines
+
+
+@dataclass(kw_only=True)
+class PushContext:
+    """What a transport needs to know of the trainers and the engines."""
+
+    plan: Any
+    """megatron_bridge.export.ExportPlan, the same on every rank."""
+    chunks: list[Any]
+    """This rank's bare models."""
+    rank: int
+    engine_tp: int
+    host: str
+    """Interface of the pushing rank that the engines can reach."""
+    scratch_dir: Path
+    """Directory that trainers and engines both see."""
+    like: Path
+    """Hugging Face directory whose config and tokenizer go with written weights."""
+    flush_cache: bool
+    """Drop the engines' KV caches with the old weights (not under pause_mode=in_place)."""
+
+
+class Transport(Protocol):
+    """One way to move weights. A new one is one file and one row of TRANSPORTS."""
+
+    def __init__(self, context: PushContext) -> None: ...
+
+    def send(self, version: int, engines: Engines | None, verifier: Any) -> int:
+        """Give every engine the trainers' weights as `version`; collective over the trainers.
+
+        Args:
+            engines: the paused engines on the pushing rank (0), None on all others.
+            verifier: takes every bucket that is sent (`add`), or None.
+
+        Returns:
+            Bytes of weights sent to each engine (0 on other ranks).
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushReport:
+    """One push, measured on the pushing rank."""
+
+    size_bytes: int
+    time_s: float
+    verify_s: float

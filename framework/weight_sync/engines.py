@@ -1,0 +1,82 @@
+"""The trainers' side of the SGLang servers: pause, weight sessions, checksums. Every call bounded.
+
+One trainer process talks to all engines, in parallel; whatever one of them refuses stops the push.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+
+class WeightSyncError(RuntimeError):
+    """An engine refused a weight update, or holds other weights than the trainers."""
+
+
+class Engines:
+    """All engines of a run, addressed together."""
+
+    def __init__(self, urls: Sequence[str], api_key: str, timeout_s: float) -> None:
+        if not urls:
+            raise ValueError("weight sync needs at least one engine address")
+        self.urls = list(urls)
+        self.timeout_s = timeout_s
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(timeout=timeout_s, headers=headers, trust_env=False)
+        self._pool = ThreadPoolExecutor(len(self.urls), thread_name_prefix="engine")
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._client.close()
+
+    def start(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
+        """Begin one POST per engine; `finish` collects the replies."""
+        return [
+            self._pool.submit(self._post, url, path, body)
+            for url, body in zip(self.urls, bodies, strict=True)
+        ]
+
+    def finish(self, futures: Sequence[Future[Any]]) -> list[Any]:
+        """The replies, in the engines' order.
+
+        Raises:
+            WeightSyncError: an engine failed, refused or did not answer in time.
+        """
+        return [future.result(timeout=self.timeout_s) for future in futures]
+
+    def post(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """The same request to every engine."""
+        return self.finish(self.start(path, [body] * len(self.urls)))
+
+    @contextlib.contextmanager
+    def paused(self, mode: str) -> Iterator[None]:
+        """Generation stands still inside; running requests go on afterwards.
+
+        When the body fails the engines stay paused: no token may come from weights in doubt.
+        """
+        self.post("/pause_generation", {"mode": mode})
+        yield
+        self.post("/continue_generation", {})
+
+    def checksums(self) -> list[Any]:
+        """Each engine's own checksum of every tensor it holds."""
+        return self.post("/weights_checker", {"action": "checksum"})
+
+    def _post(self, url: str, path: str, body: dict[str, Any]) -> Any:
+        try:
+            response = self._client.post(url + path, json=body)
+        except httpx.TimeoutException:
+            raise WeightSyncError(
+                f"{url}{path}: no answer within weight_sync.timeout_s={self.timeout_s:g}"
+            ) from None
+        except httpx.TransportError as error:
+            raise WeightSyncError(f"{url}{path}: {type(error).__name__}: {error}") from error
+        if response.status_code != 200:
+            raise WeightSyncError(f"{url}{path}: {response.status_code} {response.text[:500]}")
+        reply = response.json() if response.content else None
+        if isinstance(reply, dict) and reply.get("success") is False:
+            raise WeightSyncError(f"{url}{path}: {reply.get('message', reply)}")
+        return reply

@@ -1,0 +1,43 @@
+"""A process group between the pushing trainer rank and all engine ranks, beside the trainers' own.
+
+torch offers no public call for a second, unrelated world; its private helper is what SGLang's own
+side uses, and both sides must build the group alike.
+"""
+
+import datetime
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+
+def join_update_group(
+    address: str,
+    port: int,
+    *,
+    rank: int,
+    world_size: int,
+    name: str,
+    backend: str,
+    timeout_s: float,
+) -> Any:
+    """Rendezvous at tcp://address:port (rank 0 listens there) and form the group.
+
+    Blocks until all members are there, at most timeout_s.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, rank, world_size = next(
+        dist.rendezvous(f"tcp://{address}:{port}", rank, world_size, timeout=timeout)
+    )
+    store.set_timeout(timeout)
+    group, _ = c10d._new_process_group_helper(
+        world_size,
+        rank,
+        [],
+        c10d.Backend(backend),
+        dist.PrefixStore(name, store),
+        group_name=name,
+        timeout=timeout,
+    )
+    c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    return group

@@ -1,0 +1,148 @@
+"""Reading a Hugging Face directory: config.json, safetensors headers, and slices of the tensors.
+
+Opening parses headers only and refuses files that are cut off or do not fit their index; tensor
+bytes are mapped and read box by box, so that each rank touches only what it holds.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megatron_bridge.views import Box, Index
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights that are read and written; quantised ones are refused."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor."""
+
+    file: str
+    dtype: str
+    """safetensors' name: F32, BF16, ..."""
+    shape: Index
+
+
+def read_config(hf_dir: str | Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory."""
+    return _read_json(Path(hf_dir) / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+class HfCheckpoint:
+    """The weights of a Hugging Face directory. Opening reads headers; `read` maps the files."""
+
+    def __init__(self, hf_dir: str | Path) -> None:
+        self.path = Path(hf_dir)
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is not a directory with a Hugging Face model")
+        self.config = read_config(self.path)
+        self.tensors = self._read_headers()
+        self._files = ExitStack()
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> "HfCheckpoint":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.close()
+        self._open.clear()
+
+    @property
+    def shapes(self) -> dict[str, Index]:
+        """Name -> shape of every tensor."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def read(self, box: Box) -> torch.Tensor:
+        """The content of a box, in the file's type; only its bytes are read."""
+        info = self.tensors[box.name]
+        file = self._open.get(info.file)
+        if file is None:
+            opened = safe_open(str(self.path / info.file), framework="pt")
+            file = self._open[info.file] = self._files.enter_context(opened)
+        return file.get_slice(box.name)[box.source] if box.source else file.get_tensor(box.name)
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        single, index = self.path / SINGLE, self.path / INDEX
+        if single.exists() and index.exists():
+            raise ValueError(f"{self.path} holds both {SINGLE} and {INDEX}; remove the stale one")
+        if single.exists():
+            return _read_header(single)
+        if not index.exists():
+            raise ValueError(f"{self.path} holds neither {SINGLE} nor {INDEX}")
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: weight_map is missing or empty")
+        tensors: dict[str, TensorInfo] = {}
+        errors = []
+        for file in sorted(set(map(str, weight_map.values()))):
+            if Path(file).name != file or not (self.path / file).is_file():
+                errors.append(f"{index}: file {file!r} is not in the directory")
+                continue
+            for name, info in _read_header(self.path / file).items():
+                if weight_map.get(name) != file:
+                    errors.append(f"{file}: tensor {name} is not listed there by {INDEX}")
+                tensors[name] = info
+        errors += [f"{index}: tensor {n} is in no file" for n in sorted(weight_map.keys() - tensors)]
+        if errors:
+            raise ValueError("\n".join(errors))
+        return tensors
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Name -> info from one safetensors file, whose length must be what the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path} is not a safetensors file, or it was cut off")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            raise ValueError(f"{path}: the safetensors header is not JSON") from None
+    end = 0
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            info = TensorInfo(path.name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            end = max(end, int(entry["data_offsets"][1]))
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise ValueError(f"{path}: the header's entry of {name} is malformed") from None
+        tensors[name] = info
+    if 8 + length + end != size:
+        raise ValueError(f"{path} has {size} bytes, its header says {8 + length + end}: cut off?")
+    return tensors

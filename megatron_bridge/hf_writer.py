@@ -1,0 +1,174 @@
+"""Writing a Hugging Face directory, tensor by tensor, in bounded memory.
+
+Every name, type and shape is known beforehand: each file's header is written first and the tensors
+are appended in that order. The directory appears under its name only when it is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_bridge.hf_checkpoint import DTYPE_NAMES, INDEX, SINGLE, read_config
+from megatron_bridge.views import Index
+
+COPIED_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model", ".tiktoken"})
+"""Files of a checkpoint that are no weights: configuration, tokenizer, generation defaults."""
+
+Entry = tuple[str, torch.dtype, Index]
+"""Name, type and shape of a tensor to come."""
+
+
+class HfWriter:
+    """One directory while it is written: `add` every tensor in order, then `finish`.
+
+    Until `finish` everything lies in a hidden directory beside the target; `abort` removes it, and
+    so does the next writer of the same target if the process was killed.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        entries: Sequence[Entry],
+        like: str | Path,
+        max_file_bytes: int = 4 << 30,
+    ) -> None:
+        self.path = Path(out_dir).absolute()
+        if self.path.exists():
+            raise ValueError(f"{self.path} exists already; nothing is overwritten")
+        config = read_config(like)
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True)
+        self._pending = list(reversed(_split(entries, max_file_bytes)))
+        self._num_files = len(self._pending)
+        self._weight_map: dict[str, str] = {}
+        self._total_bytes = 0
+        self._file: BinaryIO | None = None
+        self._expected: list[Entry] = []
+        _copy_companions(Path(like), self._partial, config, entries)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor; it must be the next of the entries."""
+        if not self._expected:
+            self._next_file()
+        wanted = self._expected.pop()
+        if (name, tensor.dtype, tuple(tensor.shape)) != wanted:
+            raise ValueError(
+                f"tensor {name} {tensor.dtype} {tuple(tensor.shape)} came where "
+                f"{wanted[0]} {wanted[1]} {wanted[2]} was due"
+            )
+        assert self._file is not None
+        content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+        self._file.write(memoryview(content.numpy()))
+        self._total_bytes += content.numel()
+
+    def finish(self) -> None:
+        """Close the last file, write the index and give the directory its name."""
+        self._close_file()
+        if self._pending:
+            raise ValueError(f"{self.path}: {len(self._pending)} files were never written")
+        if self._num_files > 1:
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": self._weight_map,
+            }
+            (self._partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _sync(self._partial)
+        self._partial.rename(self.path)
+        _sync(self.path.parent)
+
+    def abort(self) -> None:
+        """Remove what was written so far."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _next_file(self) -> None:
+        self._close_file()
+        if not self._pending:
+            raise ValueError(f"{self.path}: more tensors came than were announced")
+        entries = self._pending.pop()
+        number = self._num_files - len(self._pending)
+        name = SINGLE
+        if self._num_files > 1:
+            name = f"model-{number:05d}-of-{self._num_files:05d}.safetensors"
+        self._file = (self._partial / name).open("wb")
+        self._file.write(_header(entries))
+        self._expected = list(reversed(entries))
+        self._weight_map |= {entry[0]: name for entry in entries}
+
+    def _close_file(self) -> None:
+        if self._expected:
+            raise ValueError(f"{self.path}: tensor {self._expected[-1][0]} never came")
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+def _size_bytes(entry: Entry) -> int:
+    return entry[1].itemsize * torch.Size(entry[2]).numel()
+
+
+def _split(entries: Sequence[Entry], max_file_bytes: int) -> list[list[Entry]]:
+    """The entries in order, cut into files of at most `max_file_bytes` (a larger tensor alone)."""
+    files: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        size = _size_bytes(entry)
+        if not files or size > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(entry)
+        room -= size
+    return files
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    """A safetensors header: its length, then JSON, padded so that tensors start aligned."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + _size_bytes(entry)
+        content[entry[0]] = {
+            "dtype": DTYPE_NAMES[entry[1]],
+            "shape": list(entry[2]),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _copy_companions(
+    like: Path, out: Path, config: Mapping[str, Any], entries: Sequence[Entry]
+) -> None:
+    """Tokenizer, generation and other small files as they are; config.json with the type written."""
+    for file in sorted(like.iterdir()):
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in {
+            INDEX,
+            "config.json",
+        }:
+            shutil.copyfile(file, out / file.name)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    dtype = str(entries[0][1]).removeprefix("torch.")
+    text = json.dumps({**config, key: dtype}, indent=2) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _sync(directory: Path) -> None:
+    """Make renames and new files of a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,156 @@
+"""Hugging Face -> Megatron: every rank fills its own parameters from its own slices of the files.
+
+Names and shapes of the model, of the checkpoint and of the table must agree before a byte is read.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_bridge.hf_checkpoint import DTYPES, HfCheckpoint
+from megatron_bridge.layout import Coords, Layout
+from megatron_bridge.mapping import Views, check, rank_views
+from megatron_bridge.models import describe
+from megatron_bridge.models.architecture import EMBEDDING, OUTPUT, ModelDescription, Spec
+from megatron_bridge.views import copy_in
+
+TE_MARK = "self_attention.linear_qkv.layer_norm_weight"
+
+
+def unwrap(chunk: nn.Module) -> nn.Module:
+    """The GPTModel inside Megatron's wrappers (DistributedDataParallel, Float16Module)."""
+    while not hasattr(chunk, "decoder"):
+        inner = getattr(chunk, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ValueError(f"{type(chunk).__name__} holds no GPTModel (nothing named decoder)")
+        chunk = inner
+    return chunk
+
+
+def detect_spec(chunks: Sequence[nn.Module]) -> Spec:
+    """Which layer spec built these model chunks, told from the parameters present."""
+    names = (name for chunk in chunks for name, _ in unwrap(chunk).named_parameters())
+    return Spec.TE if any(name.endswith(TE_MARK) for name in names) else Spec.TORCH
+
+
+def parameters(chunks: Sequence[nn.Module]) -> dict[tuple[int, str], torch.Tensor]:
+    """(chunk, name) -> parameter, detached: it shares memory and records no gradient."""
+    return {
+        (number, name): parameter.detach()
+        for number, chunk in enumerate(chunks)
+        for name, parameter in unwrap(chunk).named_parameters()
+    }
+
+
+def check_model(
+    chunks: Sequence[nn.Module], views: Views, num_layers: int, layout: Layout, coords: Coords
+) -> None:
+    """ValueError with every difference between a built model and the views of its rank."""
+    errors = []
+    if len(chunks) != layout.vpp:
+        raise ValueError(f"{len(chunks)} model chunks were built, parallel.vpp is {layout.vpp}")
+    for number, chunk in enumerate(chunks):
+        # The names count from 0 in every chunk; only layer_number says which layer it is.
+        decoder: Any = unwrap(chunk).decoder
+        built = [layer.layer_number - 1 for layer in decoder.layers]
+        planned = list(layout.chunk_layers(num_layers, coords.pp, number))
+        if built != planned:
+            errors.append(f"chunk {number} holds layers {built}, the layout says {planned}")
+    held = parameters(chunks)
+    for key in sorted(views.keys() | held.keys()):
+        where = f"parameter {key[1]} of chunk {key[0]}"
+        if key not in held:
+            errors.append(f"{where} is in the table, not in the model")
+        elif key not in views:
+            errors.append(f"{where} is in the model, not in the table")
+        elif tuple(held[key].shape) != views[key].shape:
+            errors.append(
+                f"{where} has shape {tuple(held[key].shape)}, the table says {views[key].shape}"
+            )
+    if errors:
+        raise ValueError(f"model and weight table differ at {coords}:\n" + "\n".join(errors))
+
+
+def check_checkpoint(
+    checkpoint: HfCheckpoint, layout: Layout, vocab_pad_multiple: int
+) -> ModelDescription:
+    """Describe the checkpoint's model; ValueError with all that is wrong with config and tensors."""
+    model = describe(checkpoint.config)
+    derived = [re.compile(pattern) for pattern in model.architecture.derived_tensors]
+    found = {
+        name: shape
+        for name, shape in checkpoint.shapes.items()
+        if not any(pattern.fullmatch(name) for pattern in derived)
+        and not (model.shape.tied and name == OUTPUT)  # compared with the embedding when read
+    }
+    errors = check(checkpoint.config, layout, vocab_pad_multiple, found)
+    if model.shape.tied and OUTPUT in checkpoint.tensors:
+        sizes = [checkpoint.shapes.get(name) for name in (OUTPUT, EMBEDDING)]
+        if sizes[0] != sizes[1]:
+            errors.append(f"tensor {OUTPUT} has shape {sizes[0]}, {EMBEDDING} (tied) {sizes[1]}")
+    for name in sorted(found):
+        dtype = checkpoint.tensors[name].dtype
+        if dtype not in DTYPES:
+            errors.append(f"tensor {name} has type {dtype}; only {', '.join(DTYPES)} are read")
+    if errors:
+        raise ValueError(f"{checkpoint.path} cannot be loaded:\n" + "\n".join(errors))
+    return model
+
+
+def load_hf(
+    chunks: Sequence[nn.Module],
+    hf_dir: str | Path,
+    layout: Layout,
+    coords: Coords,
+    vocab_pad_multiple: int,
+    hf_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Fill this rank's model chunks from a Hugging Face directory; values are cast to their types.
+
+    hf_config: the config.json that the model was built from, where that is another directory's; the
+    two must describe the same computation.
+    """
+    with HfCheckpoint(hf_dir) as checkpoint:
+        model = check_checkpoint(checkpoint, layout, vocab_pad_multiple)
+        if hf_config is not None:
+            _check_same(model, describe(hf_config), checkpoint.path)
+        spec = detect_spec(chunks)
+        views = rank_views(checkpoint.config, layout, coords, spec, vocab_pad_multiple)
+        check_model(chunks, views, model.shape.num_layers, layout, coords)
+        if model.shape.tied and OUTPUT in checkpoint.tensors:
+            _check_tied(checkpoint, views)
+        for key, parameter in parameters(chunks).items():
+            copy_in(views[key], checkpoint.read, parameter)
+
+
+def _check_same(found: ModelDescription, wanted: ModelDescription, path: Path) -> None:
+    """Refuse weights of a model that computes something else than the one that was built."""
+    errors = []
+    if found.architecture is not wanted.architecture:
+        errors.append(f"architecture {found.architecture.name}, not {wanted.architecture.name}")
+    for mine, theirs in ((found.transformer, wanted.transformer), (found.gpt, wanted.gpt)):
+        for name in sorted(mine.keys() | theirs.keys()):
+            # The longest sequence is a bound, not part of the computation.
+            if mine.get(name) != theirs.get(name) and name != "max_sequence_length":
+                errors.append(f"{name} = {mine.get(name)}, not {theirs.get(name)}")
+    if found.shape.vocab_size != wanted.shape.vocab_size:
+        errors.append(f"vocab_size = {found.shape.vocab_size}, not {wanted.shape.vocab_size}")
+    if errors:
+        raise ValueError(f"{path} holds another model: " + "; ".join(errors))
+
+
+def _check_tied(checkpoint: HfCheckpoint, views: Views) -> None:
+    """A tied checkpoint may repeat its embedding as lm_head.weight; then both must be equal."""
+    for view in views.values():
+        for box in view.boxes:
+            if box.name == EMBEDDING and not torch.equal(
+                checkpoint.read(box), checkpoint.read(box._replace(name=OUTPUT))
+            ):
+                raise ValueError(
+                    f"{checkpoint.path}: tie_word_embeddings is true but {OUTPUT} differs from "
+                    f"{EMBEDDING}; set tie_word_embeddings to false or remove {OUTPUT}"
+                )

@@ -1,0 +1,31 @@
+"""The architectures: one table each. `describe` turns a config.json into what all else needs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_bridge.models.architecture import Architecture, ModelDescription
+from megatron_bridge.models.llama import LLAMA
+from megatron_bridge.models.qwen3 import QWEN3
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": QWEN3,
+}
+
+
+def describe(hf_config: Mapping[str, Any]) -> ModelDescription:
+    """A config.json, understood; ValueError lists everything in it that cannot be computed alike."""
+    names = hf_config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise ValueError(
+            f"config.json: architectures is {names!r}; it must name one of "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    architecture = ARCHITECTURES.get(names[0])
+    if architecture is None:
+        raise ValueError(
+            f"config.json: architecture {names[0]!r} is not supported; supported are "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    shape, transformer, gpt = architecture.read_config(hf_config)
+    return ModelDescription(architecture=architecture, shape=shape, transformer=transformer, gpt=gpt)

@@ -1,0 +1,183 @@
+"""What one architecture is: a function that reads its config.json, and a table of weight rows.
+
+A row says which Hugging Face tensors make up one local parameter and by which rule. The rules below
+are the vocabulary of those tables; all of them speak in Hugging Face coordinates (`views`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from megatron_bridge.layout import padded_vocab_size
+from megatron_bridge.views import (
+    View,
+    concat,
+    interleave,
+    pad,
+    shard,
+    shard_replicated,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+
+
+class Spec(StrEnum):
+    """Which layer spec built the Megatron model; they differ in parameter names only."""
+
+    TORCH = "torch"
+    """Norms are modules of their own (CPU, or GPU without Transformer Engine)."""
+    TE = "te"
+    """Transformer Engine: norms are fused into the linear that follows."""
+
+
+class Section(StrEnum):
+    """Which part of the model a row or a tensor belongs to."""
+
+    EMBEDDING = "embedding"
+    """Held by the first chunk."""
+    LAYER = "layer"
+    """Once a layer; names are templates with {layer}, local ones relative to the layer."""
+    FINAL = "final"
+    """Held by the last chunk."""
+    OUTPUT = "output"
+    """Held by the last chunk when embedding and output are not tied."""
+    TIED_OUTPUT = "tied_output"
+    """The copy of a tied embedding in a last chunk that isn't also the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The numbers that weight shapes are made of."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    tied: bool
+    """Embedding and output layer share their weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """What a rule may ask of the rank that it cuts for."""
+
+    shape: ModelShape
+    tp: int
+    tp_rank: int
+    vocab_multiple: int
+    """Padded vocabularies are a multiple of this times tp (SGLang: see `engine_vocab`)."""
+
+
+Rule = Callable[..., View]
+"""(Place, *views of the row's Hugging Face tensors) -> view of the local parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One local parameter."""
+
+    section: Section
+    name: str
+    """Parameter name under the torch spec (or in SGLang)."""
+    rule: Rule
+    tensors: tuple[str, ...]
+    """The Hugging Face tensors it is made of, in the rule's order."""
+    te_name: str = ""
+    """Parameter name under Transformer Engine's spec, where it differs."""
+
+    def local_name(self, spec: Spec) -> str:
+        """Parameter name under `spec`."""
+        return self.te_name if spec is Spec.TE and self.te_name else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class HfTensor:
+    """One tensor of the Hugging Face checkpoint."""
+
+    section: Section
+    name: str
+    shape: Callable[[ModelShape], tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDescription:
+    """A config.json, understood."""
+
+    architecture: "Architecture"
+    shape: ModelShape
+    transformer: Mapping[str, Any]
+    """Arguments of megatron-core's TransformerConfig that the model fixes."""
+    gpt: Mapping[str, Any]
+    """Arguments of megatron-core's GPTModel that the model fixes, vocab_size aside (it is padded)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """One row of ARCHITECTURES."""
+
+    name: str
+    read_config: Callable[[Mapping[str, Any]], tuple[ModelShape, dict[str, Any], dict[str, Any]]]
+    """config.json -> shape, TransformerConfig arguments, GPTModel arguments; ValueError lists every
+    field that is missing, unknown or not computed alike."""
+    tensors: tuple[HfTensor, ...]
+    rows: tuple[Row, ...]
+    """Megatron's parameters."""
+    engine_rows: tuple[Row, ...]
+    """SGLang's parameters."""
+    derived_tensors: tuple[str, ...] = ()
+    """Regular expressions of checkpoint tensors that hold no weights (saved rotary tables)."""
+
+
+def replicate(place: Place, tensor: View) -> View:
+    """The whole tensor on every tensor-parallel rank."""
+    return tensor
+
+
+def column(place: Place, tensor: View) -> View:
+    """Cut along the output dimension."""
+    return shard(tensor, 0, place.tp, place.tp_rank)
+
+
+def row(place: Place, tensor: View) -> View:
+    """Cut along the input dimension."""
+    return shard(tensor, 1, place.tp, place.tp_rank)
+
+
+def vocab(place: Place, tensor: View) -> View:
+    """Zero-padded at the end, then cut along the vocabulary."""
+    size = padded_vocab_size(tensor.shape[0], place.vocab_multiple, place.tp)
+    return shard(pad(tensor, 0, size), 0, place.tp, place.tp_rank)
+
+
+def qkv(place: Place, q: View, k: View, v: View) -> View:
+    """Megatron: [q q k v] of each KV group in turn, then cut evenly, through a group if need be."""
+    groups = interleave(0, place.shape.num_kv_heads, [q, k, v])
+    return shard(groups, 0, place.tp, place.tp_rank)
+
+
+def gated(place: Place, gate: View, up: View) -> View:
+    """Each of gate and up is cut, then this rank's two parts are concatenated."""
+    return concat(0, [column(place, gate), column(place, up)])
+
+
+def engine_qkv(place: Place, q: View, k: View, v: View) -> View:
+    """SGLang: [q; k; v], cut by heads; with tp > KV heads a KV head is repeated on several ranks."""
+    units = place.shape.num_kv_heads
+    kv = (shard_replicated(x, 0, place.tp, place.tp_rank, units) for x in (k, v))
+    return concat(0, [shard(q, 0, place.tp, place.tp_rank), *kv])
+
+
+ENGINE_VOCAB_PADDING = 64
+
+
+def engine_vocab(place: Place, tensor: View) -> View:
+    """SGLang: padded to a multiple of 64, or of 64 * tp where that does not divide by tp."""
+    size = padded_vocab_size(tensor.shape[0], ENGINE_VOCAB_PADDING, 1)
+    if size % place.tp:
+        size = padded_vocab_size(tensor.shape[0], ENGINE_VOCAB_PADDING, place.tp)
+    return shard(pad(tensor, 0, size), 0, place.tp, place.tp_rank)

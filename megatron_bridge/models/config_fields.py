@@ -1,0 +1,147 @@
+"""Reading a config.json so that nothing that changes the computation passes unnoticed.
+
+Every field is taken, declared harmless, or complained about; all complaints come in one error.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+HARMLESS = frozenset(
+    """
+    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
+    bos_token_id chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range
+    is_llama_config label2id max_length model_type output_attentions output_hidden_states
+    pad_token_id pretraining_tp problem_type repetition_penalty return_dict temperature
+    tokenizer_class top_k top_p torch_dtype transformers_version transformers.js_config
+    unsloth_fixed unsloth_version use_cache
+    """.split()
+)
+"""Bookkeeping, generation defaults, and dropout (which is always 0 in training here)."""
+
+
+class ConfigFields:
+    """One config.json while it is read; `finish` raises what was wrong."""
+
+    def __init__(self, config: Mapping[str, Any], architecture: str) -> None:
+        self._config = config
+        self._architecture = architecture
+        self._known: set[str] = set(HARMLESS)
+        self._complaints: list[str] = []
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A positive integer; without a default the field must be there."""
+        self._known.add(name)
+        value = self._config.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            self.complain(f"{name} is missing")
+            return 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.complain(f"{name} is {value!r}; it must be a positive integer")
+            return 1
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
+        self._known.add(name)
+        value = self._config.get(name)
+        return self.positive(name, default if value is None else value)
+
+    def positive(self, label: str, value: Any) -> float:
+        """`value` as a float, or a complaint under `label`."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            self.complain(f"{label} is {value!r}; it must be a positive number")
+            return 1.0
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        self._known.add(name)
+        value = self._config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.complain(f"{name} is {value!r}; it must be true or false")
+            return default
+        return value
+
+    def value(self, name: str) -> Any:
+        """Any field, None where absent; the caller judges it."""
+        self._known.add(name)
+        return self._config.get(name)
+
+    def must_be(self, name: str, wanted: Any) -> None:
+        """A field that may be absent but, where set, has only one supported value."""
+        value = self.value(name)
+        if value is not None and value != wanted:
+            self.complain(f"{name} is {value!r}; only {wanted!r} is supported")
+
+    def complain(self, text: str) -> None:
+        """Add a complaint."""
+        self._complaints.append(text)
+
+    def finish(self) -> None:
+        """Raise ValueError with every complaint, unknown fields included (null means unset)."""
+        for name in sorted(self._config.keys() - self._known):
+            if self._config[name] is not None:
+                self.complain(
+                    f"{name} = {self._config[name]!r} is not a field known for "
+                    f"{self._architecture}; it may change the computation"
+                )
+        if self._complaints:
+            raise ValueError(
+                f"config.json ({self._architecture}) cannot be used: " + "; ".join(self._complaints)
+            )
+
+
+def read_rope(fields: ConfigFields, default_theta: float) -> dict[str, Any]:
+    """GPTModel's rotary arguments, from transformers 5's rope_parameters or the older two fields.
+
+    Llama 3's scaling is supported with the constants that megatron-core 0.19.2 fixes.
+    """
+    theta, scaling = fields.value("rope_theta"), fields.value("rope_scaling")
+    parameters = fields.value("rope_parameters")
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is not None and not isinstance(value, Mapping):
+            fields.complain(f"{name} is {value!r}; it must be an object")
+            return {}
+    rope = dict(scaling or {}) if parameters is None else dict(parameters)
+    if parameters is not None:
+        if theta is not None and rope.get("rope_theta", theta) != theta:
+            fields.complain(
+                f"rope_theta is {theta!r} but rope_parameters.rope_theta is {rope['rope_theta']!r}"
+            )
+        if scaling and any(rope.get(key) != value for key, value in scaling.items()):
+            fields.complain("rope_scaling and rope_parameters disagree")
+    theta = rope.pop("rope_theta", theta)
+    theta = default_theta if theta is None else theta
+    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope} or {"default"}
+    arguments: dict[str, Any] = {
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "rotary_base": fields.positive("rope_theta", theta),
+    }
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        fields.complain("rope_parameters.partial_rotary_factor other than 1.0 is not supported")
+    if kinds == {"llama3"}:
+        factor = fields.positive("rope_parameters.factor", rope.pop("factor", None))
+        arguments |= {"rope_scaling": True, "rope_scaling_factor": factor}
+        fixed = {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        for key, wanted in fixed.items():
+            value = rope.pop(key, None)
+            if value != wanted:
+                fields.complain(
+                    f"rope_parameters.{key} is {value!r}; megatron-core computes {wanted!r} only"
+                )
+    elif kinds != {"default"}:
+        fields.complain(f"rope type {', '.join(map(repr, sorted(kinds)))} is not supported")
+        return arguments
+    for key, value in rope.items():
+        if value is not None:
+            fields.complain(f"rope_parameters.{key} = {value!r} is not known")
+    return arguments

@@ -1,0 +1,224 @@
+"""Asyncio client of the SGLang engines: token ids in, token ids with log-probs and versions out.
+
+One list call serves a group. Connections that fail, 5xx and aborted requests are tried again, on
+the least loaded engine, a bounded number of times and within one total bound; a reply that does
+not fit what was asked is refused with the reason.
+"""
+
+import asyncio
+import math
+from dataclasses import dataclass
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from rollout.config import EngineConfig, SamplingConfig
+
+_BACKOFF_S = 0.2
+
+
+class EngineFailure(RuntimeError):
+    """No engine answered a request within its bounds, or one refused it, or answered rubbish."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Generation:
+    """One sampled continuation of R tokens, its end token included."""
+
+    token_ids: np.ndarray
+    """[R] int32."""
+    logprobs: np.ndarray
+    """[R] float32, at the sampling temperature."""
+    versions: np.ndarray
+    """[R] int32: policy version of each token."""
+    finish: str
+    """stop | length"""
+    end_token: bool
+    """The last token is an end-of-sequence or stop token, no part of the text."""
+
+
+class _Finish(msgspec.Struct):
+    type: str
+    matched: int | str | list[int] | None = None
+    message: str | None = None
+    status_code: int | None = None
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: _Finish
+    output_token_logprobs: list[tuple[float, int, str | None]]
+    weight_version: str
+    weight_versions: list[_Span] | None = None
+
+
+class _Reply(msgspec.Struct):
+    output_ids: list[int]
+    meta_info: _Meta
+
+
+_decode_replies = msgspec.json.Decoder(list[_Reply]).decode
+
+
+class _Retry(Exception):
+    """This attempt failed in a way that another may not."""
+
+
+class EngineClient:
+    """Talks to all engines of a run. Use as an async context manager."""
+
+    def __init__(self, urls: list[str], api_key: str, config: EngineConfig) -> None:
+        if not urls:
+            raise ValueError("rollout.engine.urls: no engine to talk to")
+        self._in_flight = {url.rstrip("/"): 0 for url in urls}
+        self._api_key = api_key
+        self._config = config
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "EngineClient":
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self._api_key}"},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            connector=aiohttp.TCPConnector(limit=0),
+            json_serialize=lambda value: msgspec.json.encode(value).decode(),
+        )
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int]
+    ) -> list[Generation]:
+        """One continuation of each prompt (token ids), sampled with its own seed, in order.
+
+        Raises EngineFailure after max_retries further attempts or request_timeout_s in total.
+        """
+        body = {
+            "input_ids": prompts,
+            "sampling_params": [
+                _sampling_params(sampling, seed) for _, seed in zip(prompts, seeds, strict=True)
+            ],
+            "return_logprob": True,
+        }
+        reasons: list[str] = []
+        try:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                for attempt in range(self._config.max_retries + 1):
+                    if attempt:
+                        await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+                    try:
+                        return await self._attempt(body, sampling)
+                    except _Retry as error:
+                        reasons.append(str(error))
+        except TimeoutError:
+            limit = self._config.request_timeout_s
+            reasons.append(f"no answer within rollout.engine.request_timeout_s={limit:g}")
+        raise EngineFailure(f"generation failed after {len(reasons)} attempts: {reasons[-1]}")
+
+    async def _attempt(self, body: dict, sampling: SamplingConfig) -> list[Generation]:
+        url = min(self._in_flight, key=lambda candidate: self._in_flight[candidate])
+        num_sequences = len(body["input_ids"])
+        self._in_flight[url] += num_sequences
+        try:
+            data = await self._post(url, body)
+        finally:
+            self._in_flight[url] -= num_sequences
+        try:
+            replies = _decode_replies(data)
+            if len(replies) != num_sequences:
+                raise ValueError(f"{len(replies)} replies to {num_sequences} prompts")
+            for reply in replies:
+                _check_not_aborted(url, reply.meta_info.finish_reason)
+            return [_generation(reply, sampling.max_new_tokens) for reply in replies]
+        except (msgspec.DecodeError, ValueError) as error:
+            raise EngineFailure(f"{url}: the engine's reply is refused: {error}") from error
+
+    async def _post(self, url: str, body: dict) -> bytes:
+        assert self._session is not None, "use `async with EngineClient(...)`"
+        try:
+            async with self._session.post(f"{url}/generate", json=body) as reply:
+                data = await reply.read()
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise _Retry(f"{url}: {type(error).__name__}: {error}") from error
+        if reply.status >= 500:
+            raise _Retry(f"{url}: status {reply.status}: {_one_line(data)}")
+        if reply.status != 200:
+            raise EngineFailure(f"{url}: status {reply.status}: {_one_line(data)}")
+        return data
+
+
+def _sampling_params(sampling: SamplingConfig, seed: int) -> dict:
+    params: dict = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "sampling_seed": seed,
+    }
+    if sampling.stop:
+        params["stop"] = sampling.stop
+    if sampling.stop_token_ids:
+        params["stop_token_ids"] = sampling.stop_token_ids
+    return params
+
+
+def _check_not_aborted(url: str, finish: _Finish) -> None:
+    if finish.type != "abort":
+        return
+    if finish.status_code is not None and 400 <= finish.status_code < 500:
+        raise EngineFailure(f"{url}: the engine refuses the request: {finish.message}")
+    raise _Retry(f"{url}: the engine aborted the request: {finish.message}")
+
+
+def _generation(reply: _Reply, max_new_tokens: int) -> Generation:
+    """Check one reply and bring it into arrays; ValueError says what does not fit."""
+    meta = reply.meta_info
+    tokens = reply.output_ids
+    finish = meta.finish_reason
+    if finish.type not in ("stop", "length"):
+        raise ValueError(f"finish_reason is {finish.type!r}, not stop or length")
+    if not 1 <= len(tokens) <= max_new_tokens:
+        raise ValueError(f"{len(tokens)} tokens where 1 to {max_new_tokens} were asked for")
+    if [entry[1] for entry in meta.output_token_logprobs] != tokens:
+        raise ValueError(f"the log-probs are not those of the {len(tokens)} output_ids")
+    logprobs = [entry[0] for entry in meta.output_token_logprobs]
+    if not all(math.isfinite(value) and value <= 0 for value in logprobs):
+        raise ValueError("a log-prob is not a finite number <= 0")
+    return Generation(
+        token_ids=np.array(tokens, dtype=np.int32),
+        logprobs=np.array(logprobs, dtype=np.float32),
+        versions=_versions(meta, len(tokens)),
+        finish=finish.type,
+        end_token=isinstance(finish.matched, int) and finish.matched == tokens[-1],
+    )
+
+
+def _versions(meta: _Meta, num_tokens: int) -> np.ndarray:
+    """[R] int32 from the engine's spans, which must cover every token once."""
+    spans = meta.weight_versions or [
+        _Span(version=meta.weight_version, start=0, end=num_tokens)
+    ]
+    versions = np.empty(num_tokens, dtype=np.int32)
+    position = 0
+    for span in spans:
+        if span.start != position or span.end <= span.start:
+            raise ValueError(f"weight_versions do not cover the tokens: {spans}")
+        if not span.version.isdecimal():
+            raise ValueError(f"weight_version is {span.version!r}, not a number")
+        versions[span.start : span.end] = int(span.version)
+        position = span.end
+    if position != num_tokens:
+        raise ValueError(f"weight_versions cover {position} of {num_tokens} tokens")
+    return versions
+
+
+def _one_line(data: bytes) -> str:
+    return " ".join(data[:500].decode(errors="replace").split())

@@ -1,0 +1,132 @@
+"""The rollout side's configuration: what to ask, how to sample, which engines answer.
+
+`framework.config` places these dataclasses in the run's configuration as `rollout` and `data`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How the policy is sampled for training. Truncated sampling (top_p, top_k) is refused there."""
+
+    temperature: float = 1.0
+    """Softmax temperature; the trainer computes its log-probs at the same one."""
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 16
+    """Longest response in tokens."""
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """The SGLang servers."""
+
+    num_engines: int = 1
+    tp: int = 1
+    """Tensor-parallel ranks of one engine."""
+    device: str = "auto"
+    """auto | cpu | cuda"""
+    dtype: str = "float32"
+    """float32 | bfloat16: what the engine computes in."""
+    deterministic: bool = True
+    """Seeded, batch-invariant sampling: the same run twice gives the same tokens."""
+    max_total_tokens: int = 65536
+    """KV-cache capacity in tokens."""
+    max_running_requests: int = 256
+    host: str = "127.0.0.1"
+    """Interface the servers bind to; 0.0.0.0: all of them, known to the others by the host's name."""
+    urls: list[str] = field(default_factory=list)
+    """Engines that somebody else runs; none is started when this is set."""
+    api_key: str = ""
+    """What requests to the engines carry; empty: the run's own token."""
+    start_timeout_s: float = 300.0
+    request_timeout_s: float = 600.0
+    max_retries: int = 3
+    args: dict[str, Any] = field(default_factory=dict)
+    """Any SGLang server argument by its own field name, checked against the installed version."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    """From prompts to batches."""
+
+    prompts_per_step: int = 16
+    """Groups in one training step."""
+    samples_per_prompt: int = 16
+    """Samples in a group."""
+    max_staleness_steps: int = 0
+    """0: on-policy; 1: one step off; n: no group trained on is older than n versions."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    host: str = "127.0.0.1"
+    """Interface the rollout process binds to."""
+    port: int = 0
+    """0: any free port; the address is written to the run directory."""
+    address: str = ""
+    """http://host:port of a rollout process started elsewhere; empty: read from the run directory."""
+    batch_timeout_s: float = 600.0
+    """Longest wait of the trainers for one batch before the run fails and says what was missing."""
+    max_body_bytes: int = 268435456
+    """Largest HTTP request the rollout process accepts."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The task: where prompts come from and what scores the answers."""
+
+    task: str = "sort"
+    """A row of rollout.environments.ENVIRONMENTS."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of that environment's constructor."""
+    reward: str = "environment"
+    """A row of rollout.rewards.REWARDS; `environment`: what the environment itself says."""
+    timeout_s: float = 60.0
+    """Longest one step of an environment or one reward may take; its sample then counts as failed."""
+    eval_num_prompts: int = 500
+    """Held-out prompts of one evaluation, drawn from a stream that training never sees."""
+    eval_temperature: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutModel:
+    """What the rollout side needs of the run's `model` section."""
+
+    hf_path: str
+    init_from: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutRun:
+    """What the rollout side reads of a run's config.yaml."""
+
+    mode: str
+    seed: int
+    num_steps: int
+    model: RolloutModel
+    rollout: RolloutConfig
+    data: DataConfig
+
+
+def load_rollout_run(config_path: Path) -> RolloutRun:
+    """Read a run directory's config.yaml; sections of the trainers are left alone."""
+    try:
+        whole = OmegaConf.load(config_path)
+    except FileNotFoundError:
+        raise ValueError(f"{config_path}: missing; is this a run directory?") from None
+    schema = OmegaConf.structured(RolloutRun)
+    ours = {name: whole[name] for name in RolloutRun.__dataclass_fields__ if name in whole}
+    if "model" in ours:
+        ours["model"] = {name: ours["model"][name] for name in ("hf_path", "init_from")}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(schema, ours))  # pyright: ignore
+    except (OmegaConfBaseException, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{config_path}: {reason}") from error

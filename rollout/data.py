@@ -1,0 +1,112 @@
+"""Where prompts come from: resumable streams whose k-th prompt is a pure function of (seed, split, k).
+
+Training, supervised and evaluation prompts are disjoint by content, not by luck: an eighth of all
+prompts, chosen by a hash of their identity, is set aside for evaluation.
+"""
+
+import hashlib
+from typing import Any, Literal
+
+import numpy as np
+
+from rollout.config import DataConfig
+from rollout.environments import ENVIRONMENTS, Environment
+from rollout.seeds import derive_seed
+from rollout.tokens import Chat
+from rollout.types import Sample
+
+Split = Literal["train", "sft", "eval"]
+
+_EVAL_SHARE = 8
+"""One in this many prompts belongs to evaluation."""
+_MAX_DRAWS = 50 * _EVAL_SHARE
+
+
+class PromptStream:
+    """The prompts of one split, in order, from any position."""
+
+    def __init__(self, data: DataConfig, seed: int, split: Split) -> None:
+        if data.task not in ENVIRONMENTS:
+            raise ValueError(f"data.task={data.task!r}: use one of {sorted(ENVIRONMENTS)}")
+        self._data = data
+        self._seed = seed
+        self._split = split
+        self.position = 0
+        """Index of the next prompt."""
+
+    def next(self) -> int:
+        """Index of the next prompt; `environments` makes its episodes."""
+        index = self.position
+        self.position += 1
+        return index
+
+    def environments(self, index: int, count: int) -> list[Environment]:
+        """`count` episodes of prompt `index`, all with the same initial state."""
+        seed = self._prompt_seed(index)
+        return [self._make(seed) for _ in range(count)]
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where a state_dict was taken."""
+        self.position = state["position"]
+
+    def _make(self, seed: int) -> Environment:
+        kind = ENVIRONMENTS[self._data.task]
+        try:
+            return kind(seed=seed, **self._data.args)
+        except TypeError as error:
+            raise ValueError(f"data.args of task {self._data.task}: {error}") from error
+
+    def _prompt_seed(self, index: int) -> int:
+        """Seed of the first draw for this index that falls into this split."""
+        for draw in range(_MAX_DRAWS):
+            seed = derive_seed(self._seed, self._split, index, draw, bits=31)
+            environment = self._make(seed)
+            if not environment.hold_out:
+                return seed
+            digest = hashlib.blake2b(environment.identity().encode(), digest_size=8).digest()
+            for_eval = int.from_bytes(digest, "little") % _EVAL_SHARE == 0
+            if for_eval == (self._split == "eval"):
+                return seed
+        raise ValueError(
+            f"data.task={self._data.task} has too few different prompts to set some aside for "
+            f"{self._split}: widen data.args, or declare hold_out = False in its class"
+        )
+
+
+def demonstrations(
+    data: DataConfig, tokenizer: Any, seed: int, start: int, count: int
+) -> list[Sample]:
+    """Supervised samples of prompts start .. start + count - 1 of the `sft` split.
+
+    Tokens by the chat template, the loss mask on every reply and its end token; log-probs 0,
+    versions 0, reward 1. Environments with several turns need their own rendering (ValueError).
+    """
+    chat = Chat(tokenizer)
+    stream = PromptStream(data, seed, "sft")
+    return [_demonstration(chat, stream, index) for index in range(start, start + count)]
+
+
+def _demonstration(chat: Chat, stream: PromptStream, index: int) -> Sample:
+    (environment,) = stream.environments(index, 1)
+    description = environment.describe()
+    replies = environment.demonstration()
+    if len(replies) != 1:
+        raise ValueError(f"demonstrations of {len(replies)} turns are not rendered yet")
+    prompt = chat.prompt(_messages_of(environment))
+    answer = [*chat.tokenizer(replies[0], add_special_tokens=False)["input_ids"], chat.end_id]
+    return Sample(
+        group_id=index,
+        index=0,
+        tokens=np.array(prompt + answer, dtype=np.int32),
+        prompt_length=len(prompt),
+        loss_mask=np.ones(len(answer), dtype=np.uint8),
+        rollout_logprobs=np.zeros(len(answer), dtype=np.float32),
+        versions=np.zeros(len(answer), dtype=np.int32),
+        turn_starts=np.zeros(1, dtype=np.int32),
+        reward=1.0,
+        metadata=description,
+    )

@@ -1,0 +1,56 @@
+"""The environment seam: messages in, messages, reward and done out.
+
+An environment object is one episode of one prompt. It is made from the prompt's own seed, so the
+samples of a group are objects made alike: same initial state.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, TypedDict
+
+
+class Message(TypedDict):
+    """One chat message."""
+
+    role: str
+    """system | user | assistant | tool"""
+    content: str
+
+
+@dataclass(kw_only=True, slots=True)
+class EnvironmentStep:
+    """What the environment says to one reply of the policy."""
+
+    messages: list[Message] = field(default_factory=list)
+    """Appended to the conversation; empty when done."""
+    reward: float = 0.0
+    """Of this turn; an episode's environment reward is the sum over its turns."""
+    done: bool = True
+
+
+class Environment(ABC):
+    """One episode. Subclasses take `seed: int` and their own keyword arguments."""
+
+    hold_out: ClassVar[bool] = True
+    """Keep evaluation prompts out of training, by `identity`. False where prompts are so few, or
+    all alike, that no part of them can be set aside."""
+
+    @abstractmethod
+    async def initial_messages(self) -> list[Message]:
+        """The prompt."""
+
+    @abstractmethod
+    async def step(self, reply: str) -> EnvironmentStep:
+        """The policy's reply as text, without its end token. Not called for a truncated reply."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """What distinguishes this prompt (its initial state) from others, cheap to compute."""
+
+    def describe(self) -> dict[str, str]:
+        """For people and rewards: among others `prompt`, and `answer` where there is one."""
+        return {}
+
+    def demonstration(self) -> list[str]:
+        """Right replies, one a turn, for supervised training; ValueError where there are none."""
+        raise ValueError(f"{type(self).__name__} has no demonstrations: stage=sft cannot use it")

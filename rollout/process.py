@@ -1,0 +1,88 @@
+"""Lifetime of a role's processes on one machine: nothing outlives what started it.
+
+Linux tells a process when its parent dies (PR_SET_PDEATHSIG). Every role asks for that, so that
+`kill -9` of the launcher leaves nothing behind; `end_process_group` is the orderly way.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+LAUNCHER_PID = "DRIVETRAIN_LAUNCHER_PID"
+"""Environment variable: the process whose death must end this one."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to SIGKILL this process when the *thread* that started it ends (Linux only).
+
+    Whoever starts a role must therefore do so from a thread that lives as long as the role.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def follow_launcher(*, direct: bool = True) -> None:
+    """End with the launcher, where there is one (DRIVETRAIN_LAUNCHER_PID); else do nothing.
+
+    direct: the launcher is this process's parent (not so for torchrun's workers). The launcher
+    may have died before the kernel was asked, so its presence is checked afterwards.
+    """
+    value = os.environ.get(LAUNCHER_PID)
+    if not value:
+        return
+    die_with_parent()
+    launcher = int(value)
+    gone = os.getppid() != launcher if direct else not psutil.pid_exists(launcher)
+    if gone:
+        sys.exit(f"{LAUNCHER_PID}={launcher} has ended: so does this process")
+
+
+def end_process_group(process: subprocess.Popen, timeout_s: float) -> None:
+    """SIGTERM, then after timeout_s SIGKILL, to everything `process` started; waits for the end.
+
+    `process` must lead its own group (start_new_session=True). Descendants that left the group
+    for sessions of their own are found by their parentage and end as well.
+    """
+    tree = _descendants(process.pid)
+    _signal_group(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and (process.poll() is None or _alive(tree)):
+        time.sleep(0.05)
+    tree += [p for p in _descendants(process.pid) if p not in tree]
+    _signal_group(process.pid, signal.SIGKILL)
+    for child in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait(timeout=10)
+    psutil.wait_procs(tree, timeout=10)
+
+
+def _signal_group(pgid: int, signum: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pgid, signum)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _alive(processes: list[psutil.Process]) -> bool:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

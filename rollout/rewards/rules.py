@@ -1,0 +1,30 @@
+"""Rewards that compute: the environment's own, equality, equality of mathematical answers."""
+
+from rollout.rewards.base import Reward, Task
+from rollout.types import Sample, Status
+
+
+async def environment(sample: Sample, task: Task) -> Reward:
+    """What the environment said."""
+    value = task.environment_reward
+    return Reward(value=value, components={"environment": value})
+
+
+async def exact_match(sample: Sample, task: Task) -> Reward:
+    """1 when the last reply, ended by the policy itself, is the answer (outer spaces aside)."""
+    ended = sample.status is Status.STOPPED and bool(task.replies)
+    value = float(ended and task.replies[-1].strip() == task.answer().strip())
+    return Reward(value=value, components={"exact_match": value})
+
+
+async def math_answer(sample: Sample, task: Task) -> Reward:
+    """1 when the last reply's mathematical answer equals the one wanted (math-verify)."""
+    from math_verify import parse, verify
+
+    value = 0.0
+    if sample.status is Status.STOPPED and task.replies:
+        # Its own time-outs use SIGALRM; the caller bounds every reward anyway.
+        gold = parse(task.answer(), parsing_timeout=None)
+        reply = parse(task.replies[-1], parsing_timeout=None)
+        value = float(verify(gold, reply, timeout_seconds=None))
+    return Reward(value=value, components={"math": value})

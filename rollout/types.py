@@ -1,0 +1,123 @@
+"""What flows from the engines to the trainers: samples, groups, batches.
+
+Tokens are the source of truth; text is derived from them. Arrays that every rank needs are small
+(`StepBatch`); arrays that only their trainer needs travel apart (`Sample`, fetched by index).
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+
+class Status(StrEnum):
+    """How a sample ended."""
+
+    STOPPED = "stopped"
+    """The policy ended its answer (end-of-sequence token, stop string or environment done)."""
+    TRUNCATED = "truncated"
+    """The token budget ran out first."""
+    FAILED = "failed"
+    """Environment, reward or engine failed; the loss mask is all zero."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One trajectory: prompt of P tokens, then R response tokens (turns of policy and environment)."""
+
+    group_id: int
+    index: int
+    """Place in its group."""
+    tokens: np.ndarray
+    """[P + R] int32."""
+    prompt_length: int
+    """P"""
+    loss_mask: np.ndarray
+    """[R] uint8: 1 where the policy wrote the token."""
+    rollout_logprobs: np.ndarray
+    """[R] float32: the engine's log-prob at the sampling temperature; 0 where loss_mask is 0."""
+    versions: np.ndarray
+    """[R] int32: the policy version that sampled each token; -1 where loss_mask is 0."""
+    turn_starts: np.ndarray
+    """[turns] int32: response positions at which the policy's turns begin."""
+    reward: float
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Components by name."""
+    status: Status = Status.STOPPED
+    metadata: dict[str, str] = field(default_factory=dict)
+    """For people: the task's own description, the answer wanted."""
+
+    @property
+    def response_length(self) -> int:
+        """R"""
+        return len(self.loss_mask)
+
+    def check(self) -> None:
+        """Raise ValueError when the arrays do not fit each other."""
+        where = f"sample {self.group_id}/{self.index}"
+        expected = len(self.tokens) - self.prompt_length
+        for name in ("loss_mask", "rollout_logprobs", "versions"):
+            if len(getattr(self, name)) != expected:
+                raise ValueError(
+                    f"{where}: {name} has {len(getattr(self, name))} entries, its response "
+                    f"{expected} tokens"
+                )
+        written = self.loss_mask.astype(bool)
+        if not np.isfinite(self.rollout_logprobs).all() or (self.rollout_logprobs > 1e-6).any():
+            raise ValueError(f"{where}: rollout_logprobs must be finite and <= 0")
+        if (self.versions[written] < 0).any():
+            raise ValueError(f"{where}: a token written by the policy has no version")
+        if not np.isfinite(self.reward):
+            raise ValueError(f"{where}: reward is {self.reward}")
+
+
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """All samples of one prompt."""
+
+    group_id: int
+    """Position of the prompt in the training stream: unique, increasing."""
+    start_version: int
+    """Policy version when its generation was admitted."""
+    samples: list[Sample]
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleInfo:
+    """What every trainer rank must know of a sample to plan a step."""
+
+    group_id: int
+    index: int
+    prompt_length: int
+    response_length: int
+    num_loss_tokens: int
+    reward: float
+    version: int
+    """Oldest version among its tokens."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StepBatch:
+    """The metadata of one training step, the same for every rank; no token arrays."""
+
+    step: int
+    """First step is 0: the batch that turns version 0 into version 1."""
+    samples: list[SampleInfo]
+    """Ordered by (group_id, index)."""
+    staleness_max: int
+    """step - oldest version among the samples."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """`rollout/...` figures of this batch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalResult:
+    """One evaluation on held-out prompts."""
+
+    version: int
+    """The policy version that was measured."""
+    accuracy: float
+    """Mean reward of the held-out prompts, at data.eval_temperature."""
+    num_prompts: int
+    response_length_mean: float
+    time_s: float
