@@ -15,12 +15,22 @@ from framework.field_rules import field_errors
 from framework.launch.devices import visible_gpus
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
+from rollout.data import PromptStream
+
+
+DIVISORS = {
+    *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
+    *(f"model.tiny.{name}" for name in ("hidden_size", "num_heads", "num_kv_heads")),
+    "rollout.engine.tp",
+    "cluster.trainer_nodes",
+}
 
 
 def check_config(config: RunConfig) -> list[str]:
     """All that is wrong with `config`, one line each; empty: the run may start."""
-    errors = list(field_errors(config))
-    if errors:
+    wrong_fields = dict(field_errors(config))
+    errors = list(wrong_fields.values())
+    if DIVISORS & wrong_fields.keys():
         return errors  # the checks below divide by these numbers
     errors += _mode_and_stage(config)
     errors += _sampling(config)
@@ -36,7 +46,8 @@ def check_config(config: RunConfig) -> list[str]:
     errors += _paths(config)
     errors += _cluster(config)
     errors += passthrough_errors(config)
-    return errors
+    # Last, and only where all else is right: it imports the environment's package.
+    return errors or list(_task(config))
 
 
 def _mode_and_stage(config: RunConfig) -> Iterator[str]:
@@ -183,6 +194,18 @@ def _layout(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             )
 
 
+def _task(config: RunConfig) -> Iterator[str]:
+    """Make the first prompt: the environment itself knows its arguments best."""
+    supervised = config.stage == "sft" or config.warm_start.num_steps > 0
+    try:
+        stream = PromptStream(config.data, config.seed, "sft" if supervised else "train")
+        (environment,) = stream.environments(0, 1)
+        if supervised:
+            environment.demonstration()
+    except (ValueError, ImportError) as error:
+        yield f"data.task={config.data.task} with data.args={config.data.args}: {error}"
+
+
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     new, budget = config.rollout.sampling.max_new_tokens, config.batch.max_tokens_per_microbatch
     if new >= budget:
@@ -278,8 +301,7 @@ def _slurm(config: RunConfig, engine_gpus: int) -> Iterator[str]:
                 f"cluster.engine_nodes={cluster.engine_nodes}: {engine_gpus} engine GPUs do not "
                 f"fit on them with cluster.gpus_per_node={cluster.gpus_per_node}"
             )
-    if config.rollout.host in ("127.0.0.1", "localhost") and cluster.num_nodes > 1:
-        yield (
-            f"rollout.host={config.rollout.host}: other nodes cannot reach it; "
-            "set rollout.host=0.0.0.0"
-        )
+    hosts = {"rollout.host": config.rollout.host, "rollout.engine.host": config.rollout.engine.host}
+    for key, host in hosts.items():
+        if host in ("127.0.0.1", "localhost") and cluster.num_nodes > 1:
+            yield f"{key}={host}: other nodes cannot reach it; set {key}=0.0.0.0"

@@ -45,6 +45,7 @@ POSITIVE = (
     "rollout.batch_timeout_s",
     "rollout.max_body_bytes",
     "data.eval_num_prompts",
+    "data.timeout_s",
     "weight_sync.bucket_mb",
     "weight_sync.timeout_s",
     "gate.logprob_abs_diff_max",
@@ -93,25 +94,28 @@ def value_of(config: RunConfig, key: str) -> Any:
     return value
 
 
-def field_errors(config: RunConfig) -> Iterator[str]:
-    """One line for every field whose value is impossible whatever the others are."""
+def field_errors(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, error) for every field whose value is impossible whatever the others are."""
     for key in config_fields():
         value = value_of(config, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key}={value}: a finite number is wanted"
-        elif key in POSITIVE and not value > 0:
-            yield f"{key}={value}: must be greater than 0"
-        elif key in NOT_NEGATIVE and value < 0:
-            yield f"{key}={value}: must not be negative"
-        elif key in FRACTIONS and not 0 <= value < 1:
-            yield f"{key}={value}: must be in [0, 1)"
-        elif key in CHOICES and value not in CHOICES[key]:
-            yield f"{key}={value}: must be one of {', '.join(CHOICES[key])}"
-    for key, where in TABLES.items():
-        options = table_keys(*where)
-        if value_of(config, key) not in options:
-            yield f"{key}={value_of(config, key)}: must be one of {', '.join(options)}"
-    if not config.name or "/" in config.name:
-        yield f"name={config.name}: a directory name is wanted"
-    if config.rollout.port > 65535:
-        yield f"rollout.port={config.rollout.port}: a port is at most 65535 (0: any free one)"
+        if problem := _problem(key, value):
+            yield key, f"{key}={value}: {problem}"
+
+
+def _problem(key: str, value: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is wanted"
+    if key in POSITIVE and not value > 0:
+        return "must be greater than 0"
+    if key in NOT_NEGATIVE and value < 0:
+        return "must not be negative"
+    if key in FRACTIONS and not 0 <= value < 1:
+        return "must be in [0, 1)"
+    options = CHOICES.get(key) or (table_keys(*TABLES[key]) if key in TABLES else None)
+    if options is not None and value not in options:
+        return f"must be one of {', '.join(options)}"
+    if key == "name" and (not value or "/" in value):
+        return "a directory name is wanted"
+    if key == "rollout.port" and value > 65535:
+        return "a port is at most 65535 (0: any free one)"
+    return None

@@ -1,7 +1,7 @@
 """Checks of what is handed on to others: SGLang's arguments and megatron-core's fields.
 
-Names and plain types are checked against the installed versions' own sources, without importing
-them; a field that Drivetrain sets itself is refused with the key that sets it.
+Names are checked against the installed versions' own sources, without importing them; a field that
+Drivetrain sets itself is refused with the key that sets it.
 """
 
 from collections.abc import Iterator
@@ -9,23 +9,9 @@ from typing import Any
 
 from framework.config import RunConfig
 from framework.config_fields import nearest
-from framework.source_facts import MissingPackage, megatron_config_fields, sglang_server_args
+from framework.source_facts import MissingPackage, megatron_config_fields
+from rollout.server.arguments import check_names
 
-ENGINE_OWNED = {
-    "model_path": "model.hf_path",
-    "tokenizer_path": "model.hf_path",
-    "load_format": "model.hf_path",
-    "host": "the run directory",
-    "port": "the run directory",
-    "api_key": "rollout.engine.api_key",
-    "admin_api_key": "rollout.engine.api_key",
-    "tp_size": "rollout.engine.tp",
-    "device": "rollout.engine.device",
-    "dtype": "rollout.engine.dtype",
-    "max_total_tokens": "rollout.engine.max_total_tokens",
-    "max_running_requests": "rollout.engine.max_running_requests",
-    "enable_deterministic_inference": "rollout.engine.deterministic",
-}
 MEGATRON_OWNED = {
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",
@@ -60,45 +46,28 @@ PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 def passthrough_errors(config: RunConfig) -> Iterator[str]:
     """One line for every key under rollout.engine.args and model.megatron that cannot work."""
     if config.rollout.engine.args:
-        yield from _check(
-            "rollout.engine.args",
-            config.rollout.engine.args,
-            sglang_server_args,
-            ENGINE_OWNED,
-            "SGLang's ServerArgs",
-        )
+        try:
+            yield from check_names(config.rollout.engine.args)
+        except ValueError as error:
+            yield f"rollout.engine.args: cannot be checked: {error}"
     if config.model.megatron:
-        yield from _check(
-            "model.megatron",
-            config.model.megatron,
-            megatron_config_fields,
-            MEGATRON_OWNED,
-            "megatron-core's TransformerConfig",
-        )
-        for name in DROPOUT:
-            if config.model.megatron.get(name, 0) != 0:
-                yield (
-                    f"model.megatron.{name}={config.model.megatron[name]}: must be 0; with dropout "
-                    "the trainer's log-probs are not the policy's"
-                )
+        try:
+            yield from _megatron(config.model.megatron, megatron_config_fields())
+        except MissingPackage as error:
+            yield f"model.megatron: cannot be checked: {error}"
 
 
-def _check(
-    prefix: str, values: dict[str, Any], read_fields: Any, owned: dict[str, str], owner: str
-) -> Iterator[str]:
-    try:
-        fields: dict[str, str] = read_fields()
-    except MissingPackage as error:
-        yield f"{prefix}: cannot be checked: {error}"
-        return
+def _megatron(values: dict[str, Any], fields: dict[str, str]) -> Iterator[str]:
     for name, value in values.items():
-        key = f"{prefix}.{name}"
-        if name in owned:
-            yield f"{key}={value}: set by Drivetrain from {owned[name]}"
+        key = f"model.megatron.{name}"
+        if name in MEGATRON_OWNED:
+            yield f"{key}={value}: set by Drivetrain from {MEGATRON_OWNED[name]}"
         elif name not in fields:
             guess = nearest(name, fields)
-            hint = f"; did you mean {prefix}.{guess}?" if guess else ""
-            yield f"{key}={value}: not a field of the installed {owner}{hint}"
+            hint = f"; did you mean model.megatron.{guess}?" if guess else ""
+            yield f"{key}={value}: the installed megatron-core has no such field{hint}"
+        elif name in DROPOUT and value != 0:
+            yield f"{key}={value}: must be 0; dropout makes trainer and engine disagree"
         elif problem := _type_problem(fields[name], value):
             yield f"{key}={value}: {problem}"
 

@@ -1,7 +1,7 @@
 """Names read from source files without importing them.
 
 Configuration is refused in a fraction of a second, before torch, SGLang or megatron-core are
-loaded; the packages' own sources say which fields they have.
+loaded; the sources themselves say which fields and table rows there are.
 """
 
 import ast
@@ -33,35 +33,6 @@ def _annotated_fields(path: Path, class_names: set[str] | None) -> dict[str, str
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 found[item.target.id] = ast.unparse(item.annotation)
     return found
-
-
-@functools.cache
-def sglang_server_args() -> dict[str, str]:
-    """Field name -> type text of the installed SGLang's ServerArgs.
-
-    0.5.23 assembles ServerArgs from the structs of srt/arg_groups/fields/, each field written
-    `name: A[type, ...]`; older versions have one dataclass in srt/server_args.py.
-    """
-    root = _package_dir("sglang") / "srt"
-    fields = _annotated_fields(root / "server_args.py", {"ServerArgs"})
-    for path in sorted((root / "arg_groups" / "fields").glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                fields.update(_struct_fields(node))
-    return {name: kind for name, kind in fields.items() if not name.startswith("_")}
-
-
-def _struct_fields(node: ast.ClassDef) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    for item in node.body:
-        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
-            continue
-        annotation: ast.expr = item.annotation
-        if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "A":
-            content = annotation.slice
-            annotation = content.elts[0] if isinstance(content, ast.Tuple) else content
-        fields[item.target.id] = ast.unparse(annotation)
-    return fields
 
 
 @functools.cache

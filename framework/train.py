@@ -6,6 +6,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from framework.compose import load_run_config
 from framework.config import RunConfig
 from rollout.process import follow_launcher
@@ -33,9 +35,9 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     from framework.megatron.parallel import start_mesh, stop_mesh
     from framework.metrics import MetricsLogger
     from framework.trainer import Trainer
-    from megatron_bridge.export import ExportPlan, export_buckets
-    from megatron_bridge.load import load_hf
-    from megatron_bridge.save import save_buckets
+    from megatron_bridge.export_plan import ExportPlan
+    from megatron_bridge.load import detect_spec, load_hf
+    from megatron_bridge.save import save_hf
 
     mesh = start_mesh(config.parallel, config.seed)
     hf_config = read_hf_config(config.model.hf_path)
@@ -43,14 +45,15 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
 
     def load_weights(chunks: list[Any]) -> None:
         weights = config.model.init_from or config.model.hf_path
-        load_hf(chunks, weights, mesh.layout, mesh.coords, multiple)
+        load_hf(chunks, weights, mesh.layout, mesh.coords, multiple, hf_config)
 
     policy = build_policy(
-        hf_config, config.model, config.parallel, optimizer_config(config), mesh, load_weights
+        hf_config, config.model, config.parallel, config.optimizer, mesh, load_weights
     )
     plan = ExportPlan(
-        hf_config,
-        mesh.layout,
+        hf_config=hf_config,
+        layout=mesh.layout,
+        spec=detect_spec(policy.chunks),
         vocab_pad_multiple=multiple,
         bucket_bytes=config.weight_sync.bucket_mb << 20,
         dtype=DTYPES[config.model.dtype],
@@ -69,17 +72,11 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         logger=logger,
     )
     trainer.train()
-    buckets = export_buckets(plan, policy.chunks, mesh.rank)
-    save_buckets(buckets, run_dir.hf, like=Path(config.model.hf_path), writes=mesh.rank == 0)
+    save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
     if logger is not None:
         source.finish()
         logger.close()
     stop_mesh()
-
-
-def optimizer_config(config: RunConfig):
-    """The stage's optimizer."""
-    return config.optimizer
 
 
 def batch_source(config: RunConfig, run_dir: RunDir):
@@ -135,7 +132,15 @@ def weight_sync(config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan
         verify=sync.verify,
         hf_config=policy.hf_config,
         engine_dtype=DTYPES[engine.dtype],
+        engine_device=engine_device(engine.device),
     )
+
+
+def engine_device(configured: str) -> str:
+    """cpu | cuda: where the engines hold their weights."""
+    if configured != "auto":
+        return configured
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

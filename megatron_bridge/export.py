@@ -6,6 +6,7 @@ sender makes one flat message. No rank ever holds more than one bucket and one m
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,10 @@ from megatron_bridge.load import check_model, parameters
 from megatron_bridge.mapping import rank_views
 from megatron_bridge.views import Index
 
-Parameters = dict[tuple[int, str], torch.Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Whole Hugging Face tensors. The memory is reused: valid until the next bucket is asked for."""
+    """Whole Hugging Face tensors, in memory that is reused: valid until the next bucket."""
 
     names: list[str]
     dtypes: list[torch.dtype]
@@ -54,123 +53,132 @@ def export_buckets(
     dst: int = 0,
     group: dist.ProcessGroup | None = None,
     buffers: ExportBuffers | None = None,
-) -> Iterator[Bucket]:
+) -> "ExportStream":
     """Stream the model in Hugging Face form to rank `dst` of `group`; other ranks yield nothing.
 
     rank: this process's rank in `group`, which is its rank in the plan's layout.
-    The model is compared with the plan before anything is sent. Waits are bounded by the group's
-    time-out. A consumer that stops early must close the iterator (contextlib.closing): the messages
-    that are on their way are then received and dropped, so that no sender is left waiting.
+    The model is compared with the plan before anything is sent.
     """
-    world = plan.layout.world_size
-    if not 0 <= dst < world:
-        raise ValueError(f"export destination {dst} is outside a world of {world}")
-    if world > 1 and (dist.get_world_size(group), dist.get_rank(group)) != (world, rank):
-        raise ValueError(
-            f"the layout has {world} ranks and this is rank {rank}, but its process group has "
-            f"{dist.get_world_size(group)} and this is rank {dist.get_rank(group)}"
-        )
-    coords = plan.layout.coords(rank)
-    views = rank_views(
-        plan.hf_config, plan.layout, coords, plan.spec, plan.vocab_pad_multiple
-    )
-    check_model(chunks, views, plan.model.shape.num_layers, plan.layout, coords)
-    buffers = buffers or ExportBuffers()
-    local = parameters(chunks)
-    if rank == dst:
-        yield from _assemble(plan, local, rank, group, buffers)
-    else:
-        for bucket in plan.buckets:
-            _send(plan, bucket, local, rank, dst, group, buffers)
+    return ExportStream(plan, chunks, rank, dst, group, buffers or ExportBuffers())
 
 
-def _device(local: Parameters) -> torch.device:
-    return next(iter(local.values())).device if local else torch.device("cpu")
+class ExportStream(Iterator[Bucket]):
+    """One pass over the plan's buckets; every rank must iterate to the end, or close.
 
+    Waits are bounded by the group's time-out. A rank that stops early and closes (use `with`) still
+    plays its part in the messages that are left, so that no other rank is kept waiting.
+    """
 
-def _message_bytes(plan: ExportPlan, pieces: Sequence[Piece]) -> int:
-    return sum(piece.box.numel for piece in pieces) * plan.dtype.itemsize
+    def __init__(
+        self,
+        plan: ExportPlan,
+        chunks: Sequence[nn.Module],
+        rank: int,
+        dst: int,
+        group: dist.ProcessGroup | None,
+        buffers: ExportBuffers,
+    ) -> None:
+        world = plan.layout.world_size
+        if not 0 <= dst < world:
+            raise ValueError(f"export destination {dst} is outside a world of {world}")
+        if world > 1 and (dist.get_world_size(group), dist.get_rank(group)) != (world, rank):
+            raise ValueError(
+                f"the layout has {world} ranks and this is rank {rank}; the process group has "
+                f"{dist.get_world_size(group)} and this is rank {dist.get_rank(group)}"
+            )
+        coords = plan.layout.coords(rank)
+        views = rank_views(plan.hf_config, plan.layout, coords, plan.spec, plan.vocab_pad_multiple)
+        check_model(chunks, views, plan.model.shape.num_layers, plan.layout, coords)
+        self._plan, self._rank, self._dst, self._group = plan, rank, dst, group
+        self._buffers = buffers
+        self._local = parameters(chunks)
+        self._device = next(iter(self._local.values())).device
+        self._next = 0
 
+    def __enter__(self) -> "ExportStream":
+        return self
 
-def _unpack(
-    plan: ExportPlan, pieces: Sequence[Piece], message: torch.Tensor
-) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Each piece with its part of a flat message, in the shape of its box."""
-    values = message.view(plan.dtype)
-    offset = 0
-    for piece in pieces:
-        size = piece.box.numel
-        yield piece, values[offset : offset + size].view(piece.box.size)
-        offset += size
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
+    def __next__(self) -> Bucket:
+        """The next bucket on `dst`; on other ranks all sends, then StopIteration."""
+        while self._next < len(self._plan.buckets):
+            bucket = self._plan.buckets[self._next]
+            self._next += 1
+            if self._rank == self._dst:
+                return self._assemble(bucket)
+            self._send(bucket)
+        raise StopIteration
 
-def _send(
-    plan: ExportPlan,
-    bucket: BucketPlan,
-    local: Parameters,
-    rank: int,
-    dst: int,
-    group: dist.ProcessGroup | None,
-    buffers: ExportBuffers,
-) -> None:
-    """Pack this rank's pieces of a bucket into one message and send it, if there are any."""
-    pieces = bucket.pieces.get(rank, ())
-    if not pieces:
-        return
-    message = buffers.take("message", _message_bytes(plan, pieces), _device(local))
-    for piece, part in _unpack(plan, pieces, message):
-        part.copy_(local[piece.chunk, piece.parameter][piece.box.local])
-    dist.send(message, group=group, group_dst=dst)
+    def close(self) -> None:
+        """Send or receive (and drop) what is left; does nothing after the last bucket."""
+        while self._next < len(self._plan.buckets):
+            bucket = self._plan.buckets[self._next]
+            self._next += 1
+            if self._rank != self._dst:
+                self._send(bucket)
+                continue
+            for sender, pieces in bucket.pieces.items():
+                if sender != self._rank:
+                    self._receive(sender, pieces)
 
+    def _message(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        size = sum(piece.box.numel for piece in pieces) * self._plan.dtype.itemsize
+        return self._buffers.take("message", size, self._device)
 
-def _assemble(
-    plan: ExportPlan,
-    local: Parameters,
-    rank: int,
-    group: dist.ProcessGroup | None,
-    buffers: ExportBuffers,
-) -> Iterator[Bucket]:
-    """Receive and place all pieces of each bucket in turn."""
-    device = _device(local)
-    for position, bucket in enumerate(plan.buckets):
-        flat = buffers.take("flat", bucket.size_bytes, device)
+    def _unpack(
+        self, pieces: Sequence[Piece], message: torch.Tensor
+    ) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Each piece with its part of a flat message, in the shape of its box."""
+        values = message.view(self._plan.dtype)
+        offset = 0
+        for piece in pieces:
+            size = piece.box.numel
+            yield piece, values[offset : offset + size].view(piece.box.size)
+            offset += size
+
+    def _content(self, piece: Piece) -> torch.Tensor:
+        return self._local[piece.chunk, piece.parameter][piece.box.local]
+
+    def _send(self, bucket: BucketPlan) -> None:
+        """Pack this rank's pieces of a bucket into one message and send it, if there are any."""
+        pieces = bucket.pieces.get(self._rank, ())
+        if pieces:
+            message = self._message(pieces)
+            for piece, part in self._unpack(pieces, message):
+                part.copy_(self._content(piece))
+            dist.send(message, group=self._group, group_dst=self._dst)
+
+    def _receive(self, sender: int, pieces: Sequence[Piece]) -> torch.Tensor:
+        message = self._message(pieces)
+        dist.recv(message, group=self._group, group_src=sender)
+        return message
+
+    def _assemble(self, bucket: BucketPlan) -> Bucket:
+        """Receive and place all pieces of a bucket."""
+        dtype = self._plan.dtype
+        flat = self._buffers.take("flat", bucket.size_bytes, self._device)
         tensors = {
-            t.name: flat[t.offset : t.offset + t.size_bytes].view(plan.dtype).view(t.shape)
+            t.name: flat[t.offset : t.offset + t.size_bytes].view(dtype).view(t.shape)
             for t in bucket.tensors
         }
         for sender, pieces in bucket.pieces.items():
-            if sender == rank:
-                for piece in pieces:
-                    source = local[piece.chunk, piece.parameter][piece.box.local]
-                    tensors[piece.box.name][piece.box.source].copy_(source)
-                continue
-            message = _receive(plan, pieces, sender, group, buffers, device)
-            for piece, part in _unpack(plan, pieces, message):
+            if sender == self._rank:
+                parts = ((piece, self._content(piece)) for piece in pieces)
+            else:
+                parts = self._unpack(pieces, self._receive(sender, pieces))
+            for piece, part in parts:
                 tensors[piece.box.name][piece.box.source].copy_(part)
-        try:
-            yield Bucket(
-                names=[t.name for t in bucket.tensors],
-                dtypes=[plan.dtype] * len(bucket.tensors),
-                shapes=[t.shape for t in bucket.tensors],
-                flat=flat,
-                tensors=list(tensors.values()),
-            )
-        except GeneratorExit:
-            for rest in plan.buckets[position + 1 :]:
-                for sender, pieces in rest.pieces.items():
-                    if sender != rank:
-                        _receive(plan, pieces, sender, group, buffers, device)
-            raise
-
-
-def _receive(
-    plan: ExportPlan,
-    pieces: Sequence[Piece],
-    sender: int,
-    group: dist.ProcessGroup | None,
-    buffers: ExportBuffers,
-    device: torch.device,
-) -> torch.Tensor:
-    message = buffers.take("message", _message_bytes(plan, pieces), device)
-    dist.recv(message, group=group, group_src=sender)
-    return message
+        return Bucket(
+            names=list(tensors),
+            dtypes=[dtype] * len(tensors),
+            shapes=[t.shape for t in bucket.tensors],
+            flat=flat,
+            tensors=list(tensors.values()),
+        )

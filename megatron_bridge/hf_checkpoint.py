@@ -115,7 +115,9 @@ class HfCheckpoint:
                 if weight_map.get(name) != file:
                     errors.append(f"{file}: tensor {name} is not listed there by {INDEX}")
                 tensors[name] = info
-        errors += [f"{index}: tensor {n} is in no file" for n in sorted(weight_map.keys() - tensors)]
+        errors += [
+            f"{index}: tensor {n} is in no file" for n in sorted(weight_map.keys() - tensors)
+        ]
         if errors:
             raise ValueError("\n".join(errors))
         return tensors

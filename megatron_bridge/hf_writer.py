@@ -152,12 +152,17 @@ def _header(entries: Sequence[Entry]) -> bytes:
 def _copy_companions(
     like: Path, out: Path, config: Mapping[str, Any], entries: Sequence[Entry]
 ) -> None:
-    """Tokenizer, generation and other small files as they are; config.json with the type written."""
+    """Tokenizer, generation and other small files as they are; config.json with the new type."""
     for file in sorted(like.iterdir()):
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name not in {
-            INDEX,
-            "config.json",
-        }:
+        if (
+            file.is_file()
+            and file.suffix in COPIED_SUFFIXES
+            and file.name
+            not in {
+                INDEX,
+                "config.json",
+            }
+        ):
             shutil.copyfile(file, out / file.name)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     dtype = str(entries[0][1]).removeprefix("torch.")

@@ -78,7 +78,7 @@ def check_model(
 def check_checkpoint(
     checkpoint: HfCheckpoint, layout: Layout, vocab_pad_multiple: int
 ) -> ModelDescription:
-    """Describe the checkpoint's model; ValueError with all that is wrong with config and tensors."""
+    """Describe the checkpoint's model; ValueError with all that is wrong with its tensors."""
     model = describe(checkpoint.config)
     derived = [re.compile(pattern) for pattern in model.architecture.derived_tensors]
     found = {
@@ -134,8 +134,7 @@ def _check_same(found: ModelDescription, wanted: ModelDescription, path: Path) -
         errors.append(f"architecture {found.architecture.name}, not {wanted.architecture.name}")
     for mine, theirs in ((found.transformer, wanted.transformer), (found.gpt, wanted.gpt)):
         for name in sorted(mine.keys() | theirs.keys()):
-            # The longest sequence is a bound, not part of the computation.
-            if mine.get(name) != theirs.get(name) and name != "max_sequence_length":
+            if mine.get(name) != theirs.get(name):
                 errors.append(f"{name} = {mine.get(name)}, not {theirs.get(name)}")
     if found.shape.vocab_size != wanted.shape.vocab_size:
         errors.append(f"vocab_size = {found.shape.vocab_size}, not {wanted.shape.vocab_size}")

@@ -114,9 +114,7 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int) -> dict[str, 
     template = list(section_views(model, Section.LAYER, place, rows))
     for layer in range(model.shape.num_layers):
         for row, view in template:
-            views[layer_name(row.name, layer)] = view.renamed(
-                lambda x, n=layer: layer_name(x, n)
-            )
+            views[layer_name(row.name, layer)] = view.renamed(lambda x, n=layer: layer_name(x, n))
     return views
 
 

@@ -47,7 +47,7 @@ class Box(NamedTuple):
 
 
 class View(NamedTuple):
-    """A local tensor: its shape and the boxes that fill it. What no box covers is padding (zero)."""
+    """A local tensor: its shape, the boxes that fill it; what none covers is padding (zero)."""
 
     shape: Index
     boxes: tuple[Box, ...]
@@ -201,9 +201,7 @@ def fill_errors(name: str, view: View, *, padded: bool) -> list[str]:
     padded: whether a tail may stay empty.
     """
     ones = (1,) * len(view.shape)
-    local = [
-        (box.lead + box.local_start, ones[: len(box.lead)] + box.size) for box in view.boxes
-    ]
+    local = [(box.lead + box.local_start, ones[: len(box.lead)] + box.size) for box in view.boxes]
     errors = tiling_errors(name, view.shape, local, gaps=padded)
     if len(set(local)) != len(local):
         errors.append(f"{name}: two boxes fill the same place")

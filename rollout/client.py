@@ -203,9 +203,7 @@ def _generation(reply: _Reply, max_new_tokens: int) -> Generation:
 
 def _versions(meta: _Meta, num_tokens: int) -> np.ndarray:
     """[R] int32 from the engine's spans, which must cover every token once."""
-    spans = meta.weight_versions or [
-        _Span(version=meta.weight_version, start=0, end=num_tokens)
-    ]
+    spans = meta.weight_versions or [_Span(version=meta.weight_version, start=0, end=num_tokens)]
     versions = np.empty(num_tokens, dtype=np.int32)
     position = 0
     for span in spans:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 @dataclass(kw_only=True, slots=True)
 class SamplingConfig:
-    """How the policy is sampled for training. Truncated sampling (top_p, top_k) is refused there."""
+    """How the policy is sampled. Truncated sampling (top_p, top_k) is refused for training."""
 
     temperature: float = 1.0
     """Softmax temperature; the trainer computes its log-probs at the same one."""
@@ -42,7 +42,7 @@ class EngineConfig:
     """KV-cache capacity in tokens."""
     max_running_requests: int = 256
     host: str = "127.0.0.1"
-    """Interface the servers bind to; 0.0.0.0: all of them, known to the others by the host's name."""
+    """Interface the servers bind to; 0.0.0.0: all, and the others use the host's name."""
     urls: list[str] = field(default_factory=list)
     """Engines that somebody else runs; none is started when this is set."""
     api_key: str = ""
@@ -71,7 +71,7 @@ class RolloutConfig:
     port: int = 0
     """0: any free port; the address is written to the run directory."""
     address: str = ""
-    """http://host:port of a rollout process started elsewhere; empty: read from the run directory."""
+    """http://host:port of a rollout process started elsewhere; empty: in the run directory."""
     batch_timeout_s: float = 600.0
     """Longest wait of the trainers for one batch before the run fails and says what was missing."""
     max_body_bytes: int = 268435456
@@ -89,7 +89,7 @@ class DataConfig:
     reward: str = "environment"
     """A row of rollout.rewards.REWARDS; `environment`: what the environment itself says."""
     timeout_s: float = 60.0
-    """Longest one step of an environment or one reward may take; its sample then counts as failed."""
+    """Bound of one environment step and of one reward; past it the sample counts as failed."""
     eval_num_prompts: int = 500
     """Held-out prompts of one evaluation, drawn from a stream that training never sees."""
     eval_temperature: float = 1.0

@@ -1,18 +1,17 @@
-"""Where prompts come from: resumable streams whose k-th prompt is a pure function of (seed, split, k).
+"""Where prompts come from: streams whose k-th prompt is a pure function of (seed, split, k).
 
 Training, supervised and evaluation prompts are disjoint by content, not by luck: an eighth of all
 prompts, chosen by a hash of their identity, is set aside for evaluation.
 """
 
+import asyncio
 import hashlib
 from typing import Any, Literal
-
-import numpy as np
 
 from rollout.config import DataConfig
 from rollout.environments import ENVIRONMENTS, Environment
 from rollout.seeds import derive_seed
-from rollout.tokens import Chat
+from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
 
 Split = Literal["train", "sft", "eval"]
@@ -83,30 +82,29 @@ def demonstrations(
     """Supervised samples of prompts start .. start + count - 1 of the `sft` split.
 
     Tokens by the chat template, the loss mask on every reply and its end token; log-probs 0,
-    versions 0, reward 1. Environments with several turns need their own rendering (ValueError).
+    versions 0 where the mask is 1. Not to be called from a running event loop.
     """
     chat = Chat(tokenizer)
     stream = PromptStream(data, seed, "sft")
-    return [_demonstration(chat, stream, index) for index in range(start, start + count)]
+
+    async def render() -> list[Sample]:
+        return [await _demonstration(chat, stream, k) for k in range(start, start + count)]
+
+    return asyncio.run(render())
 
 
-def _demonstration(chat: Chat, stream: PromptStream, index: int) -> Sample:
+async def _demonstration(chat: Chat, stream: PromptStream, index: int) -> Sample:
     (environment,) = stream.environments(index, 1)
-    description = environment.describe()
-    replies = environment.demonstration()
-    if len(replies) != 1:
-        raise ValueError(f"demonstrations of {len(replies)} turns are not rendered yet")
-    prompt = chat.prompt(_messages_of(environment))
-    answer = [*chat.tokenizer(replies[0], add_special_tokens=False)["input_ids"], chat.end_id]
-    return Sample(
-        group_id=index,
-        index=0,
-        tokens=np.array(prompt + answer, dtype=np.int32),
-        prompt_length=len(prompt),
-        loss_mask=np.ones(len(answer), dtype=np.uint8),
-        rollout_logprobs=np.zeros(len(answer), dtype=np.float32),
-        versions=np.zeros(len(answer), dtype=np.int32),
-        turn_starts=np.zeros(1, dtype=np.int32),
-        reward=1.0,
-        metadata=description,
+    transcript = Transcript(chat.prompt(await environment.initial_messages()))
+    reward = 0.0
+    for reply in environment.demonstration():
+        tokens = [*chat.tokens(reply), chat.end_id]
+        transcript.add_reply(tokens, logprobs=[0.0] * len(tokens), versions=[0] * len(tokens))
+        step = await environment.step(reply)
+        reward += step.reward
+        if step.done:
+            break
+        transcript.add_observation(chat.continuation(step.messages, ended=True))
+    return transcript.sample(
+        group_id=index, index=0, reward=reward, metadata=environment.describe()
     )

@@ -116,7 +116,9 @@ class RunDir:
         try:
             return self.token_file.read_text().strip()
         except FileNotFoundError:
-            raise ValueError(f"{self.token_file}: missing; is {self.path} a run directory?") from None
+            raise ValueError(
+                f"{self.token_file}: missing; is {self.path} a run directory?"
+            ) from None
 
     def address_file(self, role: str) -> Path:
         """Where a role's address is written."""

@@ -7,7 +7,10 @@ of the environment is rendered alone and appended, never re-tokenised with what 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from rollout.environments.base import Message
+from rollout.types import Sample, Status
 
 
 class Chat:
@@ -31,7 +34,7 @@ class Chat:
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Tokens of a conversation up to where the policy's reply begins."""
-        return self._encode(self._render(messages, add_generation_prompt=True))
+        return self.tokens(self._render(messages, add_generation_prompt=True))
 
     def continuation(self, messages: list[Message], *, ended: bool) -> list[int]:
         """Tokens between one reply of the policy and the next: the environment's messages.
@@ -54,7 +57,7 @@ class Chat:
                 "model.hf_path: its chat template does not end an assistant message with "
                 f"{end_text!r} right after the content; later turns cannot be appended to it"
             )
-        return ([] if ended else [self.end_id]) + self._encode(rest)
+        return ([] if ended else [self.end_id]) + self.tokens(rest)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones visible; ids the tokenizer lacks become U+FFFD."""
@@ -76,5 +79,64 @@ class Chat:
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
-    def _encode(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of a text, without anything added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class Transcript:
+    """One episode's tokens as it grows: prompt, then the policy's and the environment's turns."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.tokens = list(prompt)
+        self._prompt_length = len(prompt)
+        self._mask: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+        self._turn_starts: list[int] = []
+
+    @property
+    def response_length(self) -> int:
+        """Tokens after the prompt so far."""
+        return len(self._mask)
+
+    def add_reply(
+        self, tokens: Sequence[int], logprobs: Sequence[float], versions: Sequence[int]
+    ) -> None:
+        """A turn of the policy: trained on."""
+        self._turn_starts.append(len(self._mask))
+        self.tokens += tokens
+        self._mask += [1] * len(tokens)
+        self._logprobs += logprobs
+        self._versions += versions
+
+    def add_observation(self, tokens: list[int]) -> None:
+        """A turn of the environment: seen by the policy, not trained on."""
+        self.tokens += tokens
+        self._mask += [0] * len(tokens)
+        self._logprobs += [0.0] * len(tokens)
+        self._versions += [-1] * len(tokens)
+
+    def sample(
+        self,
+        *,
+        group_id: int,
+        index: int,
+        reward: float = 0.0,
+        status: Status = Status.STOPPED,
+        metadata: dict[str, str] | None = None,
+    ) -> Sample:
+        """The episode as arrays."""
+        return Sample(
+            group_id=group_id,
+            index=index,
+            tokens=np.array(self.tokens, dtype=np.int32),
+            prompt_length=self._prompt_length,
+            loss_mask=np.array(self._mask, dtype=np.uint8),
+            rollout_logprobs=np.array(self._logprobs, dtype=np.float32),
+            versions=np.array(self._versions, dtype=np.int32),
+            turn_starts=np.array(self._turn_starts, dtype=np.int32),
+            reward=reward,
+            status=status,
+            metadata=metadata or {},
+        )

@@ -23,7 +23,7 @@ class Status(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """One trajectory: prompt of P tokens, then R response tokens (turns of policy and environment)."""
+    """One trajectory: P prompt tokens, then R response tokens (of policy and environment)."""
 
     group_id: int
     index: int

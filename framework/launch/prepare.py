@@ -1,4 +1,4 @@
-"""Writes a run directory before anything starts: model, configuration, the supervised stage's own."""
+"""Writes a run directory before anything starts: model and configuration of each stage."""
 
 import dataclasses
 import os

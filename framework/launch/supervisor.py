@@ -26,7 +26,7 @@ KILL_TIMEOUT_S = 10.0
 TAIL_BYTES = 65536
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-# Lines that end a Python traceback or a role's own one-line reason.
+# What the other ranks say when one has died.
 _CONSEQUENCES = (
     "ChildFailedError",
     "Connection closed by peer",
@@ -60,7 +60,7 @@ class Supervisor:
         self._stop_timeout_s = stop_timeout_s
         self._running: dict[str, tuple[Role, subprocess.Popen[bytes], float]] = {}
         self._signals: list[int] = []
-        self._libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         self._exit_stack = contextlib.ExitStack()
         self._foreign: set[psutil.Process] = set()
 
@@ -222,26 +222,27 @@ def log_tail(role: Role) -> list[str]:
 def failure_reason(tail: list[str]) -> str:
     """The line of a log that says why the process failed; "" where none does.
 
-    Preferred: the role's own one-line reason (`drivetrain...: ...`), then the first line that ends
-    a traceback and is a cause, not a consequence in another rank.
+    Preferred: the role's own one-line reason, then a line that ends a traceback; the first that is
+    a cause and not what the death of one rank does to the others.
     """
-    own = [line.strip() for line in tail if _is_own_reason(line)]
-    if own:
-        return own[0]
-    errors = [line.strip() for line in tail if _ends_traceback(line)]
-    causes = [line for line in errors if not any(word in line for word in _CONSEQUENCES)]
-    return causes[0] if causes else (errors[-1] if errors else "")
+    lines = [line.strip() for line in tail]
+    for wanted in (_is_own_reason, _ends_traceback):
+        found = [line for line in lines if wanted(line)]
+        causes = [line for line in found if not any(word in line for word in _CONSEQUENCES)]
+        if found:
+            return causes[0] if causes else found[-1]
+    return ""
 
 
 def _is_own_reason(line: str) -> bool:
-    name, colon, rest = line.strip().partition(": ")
-    return bool(colon) and name.startswith("drivetrain") and " " not in name and bool(rest)
+    """`drivetrain-rollout: no engine ...`, `trainer: ValueError: ...`: how our roles say it."""
+    name, colon, rest = line.partition(": ")
+    ours = name == "trainer" or (name.startswith("drivetrain") and " " not in name)
+    return bool(colon and rest) and ours
 
 
 def _ends_traceback(line: str) -> bool:
-    text = line.strip()
-    if text.startswith("[rank") and "]: " in text:
-        text = text.split("]: ", 1)[1]
+    text = line.split("]: ", 1)[1] if line.startswith("[rank") and "]: " in line else line
     name, colon, _ = text.partition(":")
     last = name.rsplit(".", 1)[-1]
     return (

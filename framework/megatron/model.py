@@ -69,7 +69,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration: the architecture's table, the layout, and this machine.
 
-    `model.megatron` overrides last. Dropout is 0: the trainer must compute what the engine computes.
+    `model.megatron` overrides last. Dropout is 0: the trainer computes what the engine computes.
     """
     gpu, dtype = torch.cuda.is_available(), DTYPES[model.dtype]
     has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -6,6 +6,8 @@ push(version):  pause engines -> transport.send -> engine checksums == ours -> c
 import time
 from typing import Any
 
+import torch
+
 from framework.weight_sync.base import PushContext, PushReport, Transport
 from framework.weight_sync.disk import DiskPush
 from framework.weight_sync.distributed import DistributedPush
@@ -30,15 +32,17 @@ class WeightSync:
         pause_mode: str,
         verify: bool,
         hf_config: dict[str, Any],
-        engine_dtype: Any,
+        engine_dtype: torch.dtype,
+        engine_device: str,
     ) -> None:
         self._transport = TRANSPORTS[transport](context)
         self._engines = engines
         self._pause_mode = pause_mode
-        self._verify = verify
-        self._hf_config = hf_config
-        self._engine_dtype = engine_dtype
-        self._engine_tp = context.engine_tp
+        self._verifier: ExpectedChecksums | None = None
+        if verify and engines is not None:
+            self._verifier = ExpectedChecksums(
+                hf_config, context.engine_tp, engine_dtype, engine_device
+            )
 
     def push(self, version: int) -> PushReport:
         """Make every engine serve the trainers' weights as `version`; collective.
@@ -50,9 +54,9 @@ class WeightSync:
         if self._engines is None:
             self._transport.send(version, None, None)
             return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
-        verifier = None
-        if self._verify:
-            verifier = ExpectedChecksums(self._hf_config, self._engine_tp, self._engine_dtype)
+        verifier = self._verifier
+        if verifier is not None:
+            verifier.reset()
         start = time.perf_counter()
         with self._engines.paused(self._pause_mode):
             size = self._transport.send(version, self._engines, verifier)

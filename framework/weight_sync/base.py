@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from framework.weight_sync.engines import Engines
+from megatron_bridge.checksum import ExpectedChecksums
+from megatron_bridge.export_plan import ExportPlan
 
 
 @dataclass(kw_only=True)
 class PushContext:
     """What a transport needs to know of the trainers and the engines."""
 
-    plan: Any
-    """megatron_bridge.export.ExportPlan, the same on every rank."""
+    plan: ExportPlan
+    """The same on every rank."""
     chunks: list[Any]
     """This rank's bare models."""
     rank: int
@@ -32,7 +34,9 @@ class Transport(Protocol):
 
     def __init__(self, context: PushContext) -> None: ...
 
-    def send(self, version: int, engines: Engines | None, verifier: Any) -> int:
+    def send(
+        self, version: int, engines: Engines | None, verifier: ExpectedChecksums | None
+    ) -> int:
         """Give every engine the trainers' weights as `version`; collective over the trainers.
 
         Args:

@@ -4,8 +4,11 @@ import shutil
 
 from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
+from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import export_buckets
-from megatron_bridge.save import save_buckets
+from megatron_bridge.hf_writer import HfWriter
+
+MAX_FILE_BYTES = 4 << 30
 
 
 class DiskPush:
@@ -14,25 +17,24 @@ class DiskPush:
     def __init__(self, context: PushContext) -> None:
         self.context = context
 
-    def send(self, version: int, engines: Engines | None, verifier) -> int:
+    def send(
+        self, version: int, engines: Engines | None, verifier: ExpectedChecksums | None
+    ) -> int:
         """See `base.Transport`."""
-        context, sent = self.context, 0
-        buckets = export_buckets(context.plan, context.chunks, context.rank)
-        if engines is None:
-            for _ in buckets:  # takes part in the assembling; yields nothing here
-                pass
-            return 0
-
-        def counted():
-            nonlocal sent
+        context, size = self.context, 0
+        with export_buckets(context.plan, context.chunks, context.rank) as buckets:
+            if engines is None:
+                next(buckets, None)  # takes part in the assembling
+                return 0
+            directory = context.scratch_dir / f"version_{version}"
+            writer = HfWriter(directory, context.plan.entries, context.like, MAX_FILE_BYTES)
             for bucket in buckets:
-                sent += bucket.flat.nbytes
+                size += bucket.flat.nbytes
                 if verifier is not None:
                     verifier.add(bucket)
-                yield bucket
-
-        directory = context.scratch_dir / f"version_{version}"
-        save_buckets(counted(), directory, like=context.like)
+                for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
+                    writer.add(name, tensor)
+            writer.finish()
         engines.post(
             "/update_weights_from_disk",
             {
@@ -45,4 +47,4 @@ class DiskPush:
         for older in context.scratch_dir.iterdir():
             if older != directory:
                 shutil.rmtree(older)
-        return sent
+        return size

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
 from framework.weight_sync.groups import join_update_group
+from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import export_buckets
 
 GROUP = "drivetrain_weights"
@@ -21,42 +22,39 @@ class DistributedPush:
         self._group = None
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
 
-    def send(self, version: int, engines: Engines | None, verifier) -> int:
+    def send(
+        self, version: int, engines: Engines | None, verifier: ExpectedChecksums | None
+    ) -> int:
         """See `base.Transport`."""
-        context, sent = self.context, 0
-        buckets = export_buckets(context.plan, context.chunks, context.rank)
-        if engines is None:
-            for _ in buckets:  # takes part in the assembling; yields nothing here
-                pass
-            return 0
-        if self._group is None:
-            self._connect(engines)
-        engines.post("/begin_weight_update", {})
-        for bucket in buckets:
-            last = bucket.index == len(context.plan.buckets) - 1
-            futures = engines.start(
-                "/update_weights_from_distributed",
-                [
-                    {
-                        "names": list(bucket.names),
-                        "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
-                        "shapes": [list(shape) for shape in bucket.shapes],
-                        "group_name": GROUP,
-                        "load_format": "flattened_bucket",
-                        "flush_cache": last and context.flush_cache,
-                        "abort_all_requests": False,
-                        "weight_version": str(version),
-                    }
-                ]
-                * len(engines.urls),
-            )
-            dist.broadcast(bucket.flat, src=0, group=self._group)
-            sent += bucket.flat.nbytes
-            if verifier is not None:
-                verifier.add(bucket)
-            engines.finish(futures)
-        engines.post("/end_weight_update", {})
-        return sent
+        context, size = self.context, 0
+        with export_buckets(context.plan, context.chunks, context.rank) as buckets:
+            if engines is None:
+                next(buckets, None)  # takes part in the assembling
+                return 0
+            if self._group is None:
+                self._connect(engines)
+            engines.post("/begin_weight_update", {})
+            for i, bucket in enumerate(buckets):
+                last = i == len(context.plan.buckets) - 1
+                body = {
+                    "names": list(bucket.names),
+                    "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+                    "shapes": [list(shape) for shape in bucket.shapes],
+                    "group_name": GROUP,
+                    "load_format": "flattened_bucket",
+                    "flush_cache": last and context.flush_cache,
+                    "abort_all_requests": False,
+                    "weight_version": str(version),
+                }
+                path = "/update_weights_from_distributed"
+                replies = engines.start(path, [body] * len(engines.urls))
+                dist.broadcast(bucket.flat, src=0, group=self._group)
+                size += bucket.flat.nbytes
+                if verifier is not None:
+                    verifier.add(bucket)
+                engines.finish(replies)
+            engines.post("/end_weight_update", {})
+        return size
 
     def _connect(self, engines: Engines) -> None:
         tp = self.context.engine_tp

@@ -14,7 +14,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def describe(hf_config: Mapping[str, Any]) -> ModelDescription:
-    """A config.json, understood; ValueError lists everything in it that cannot be computed alike."""
+    """A config.json, understood; ValueError lists everything in it that cannot be used."""
     names = hf_config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise ValueError(
@@ -28,4 +28,6 @@ def describe(hf_config: Mapping[str, Any]) -> ModelDescription:
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     shape, transformer, gpt = architecture.read_config(hf_config)
-    return ModelDescription(architecture=architecture, shape=shape, transformer=transformer, gpt=gpt)
+    return ModelDescription(
+        architecture=architecture, shape=shape, transformer=transformer, gpt=gpt
+    )

@@ -113,7 +113,7 @@ class ModelDescription:
     transformer: Mapping[str, Any]
     """Arguments of megatron-core's TransformerConfig that the model fixes."""
     gpt: Mapping[str, Any]
-    """Arguments of megatron-core's GPTModel that the model fixes, vocab_size aside (it is padded)."""
+    """Arguments of megatron-core's GPTModel that the model fixes (the padded vocab_size aside)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +166,7 @@ def gated(place: Place, gate: View, up: View) -> View:
 
 
 def engine_qkv(place: Place, q: View, k: View, v: View) -> View:
-    """SGLang: [q; k; v], cut by heads; with tp > KV heads a KV head is repeated on several ranks."""
+    """SGLang: [q; k; v], each cut by heads; with tp > KV heads a KV head sits on several ranks."""
     units = place.shape.num_kv_heads
     kv = (shard_replicated(x, 0, place.tp, place.tp_rank, units) for x in (k, v))
     return concat(0, [shard(q, 0, place.tp, place.tp_rank), *kv])

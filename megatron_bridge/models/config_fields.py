@@ -7,16 +7,44 @@ from collections.abc import Mapping
 from typing import Any
 
 HARMLESS = frozenset(
-    """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout
-    bos_token_id chunk_size_feed_forward do_sample dtype eos_token_id id2label initializer_range
-    is_llama_config label2id max_length model_type output_attentions output_hidden_states
-    pad_token_id pretraining_tp problem_type repetition_penalty return_dict temperature
-    tokenizer_class top_k top_p torch_dtype transformers_version transformers.js_config
-    unsloth_fixed unsloth_version use_cache
-    """.split()
+    {
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "do_sample",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_llama_config",
+        "label2id",
+        "max_length",
+        "max_position_embeddings",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "repetition_penalty",
+        "return_dict",
+        "temperature",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "transformers_version",
+        "transformers.js_config",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+    }
 )
-"""Bookkeeping, generation defaults, and dropout (which is always 0 in training here)."""
+"""Bookkeeping, bounds, generation defaults, and dropout (always 0 in training here)."""
 
 
 class ConfigFields:

@@ -41,7 +41,7 @@ def read_dense_config(
 ) -> tuple[ModelShape, dict[str, Any], dict[str, Any]]:
     """Shape, TransformerConfig and GPTModel arguments of the dense family.
 
-    head_dim, kv_heads: what transformers takes when the field is absent (None: the field is needed).
+    head_dim, kv_heads: what transformers takes for an absent field (None: the field is needed).
     """
     shape = ModelShape(
         num_layers=fields.integer("num_hidden_layers"),
@@ -82,7 +82,6 @@ def read_dense_config(
         "attention_dropout": 0.0,
     }
     gpt = {
-        "max_sequence_length": fields.integer("max_position_embeddings"),
         "share_embeddings_and_output_weights": shape.tied,
         **read_rope(fields, default_theta=10000.0),
     }

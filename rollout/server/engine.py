@@ -23,6 +23,7 @@ from rollout.server.arguments import check_names, command_line
 
 _PORT_TAKEN = "address already in use"
 _MAX_PORTS = 3
+_LAUNCH = "rollout.server.launch"
 
 
 class EngineError(RuntimeError):
@@ -158,8 +159,7 @@ class EngineProcess:
         self._log_start = os.fstat(descriptor).st_size
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rollout.server.launch"]
-                + command_line(self.arguments(port)),
+                [sys.executable, "-m", _LAUNCH, *command_line(self.arguments(port))],
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,39 @@
+"""The end of a finished run: its report, and the one line that says how it went."""
+
+from framework.config import RunConfig
+from framework.progress import RunHistory
+from framework.report import write_report
+from rollout.run_dir import RunDir
+
+
+def finish_run(config: RunConfig, seconds: float) -> str:
+    """Write the report (tracker.report) and return the last line of `drivetrain`.
+
+    A report that cannot be written does not undo a finished run: the line says why.
+    """
+    run_dir = RunDir(config.run_dir)
+    history = RunHistory(run_dir, config.num_steps)
+    history.poll()
+    where = f"run directory {run_dir.path}"
+    if config.tracker.report:
+        try:
+            write_report(run_dir.path)
+            where = f"report {run_dir.report}"
+        except (OSError, ValueError) as error:
+            where = f"no report ({error}); {where}"
+    return f"drivetrain: {_outcome(config, history)}, {seconds:.0f} s; {where}"
+
+
+def _outcome(config: RunConfig, history: RunHistory) -> str:
+    if config.mode == "rollout_only":
+        return f"{config.num_steps} batches journaled"
+    parts = []
+    if len(history.accuracies) > 1:
+        parts.append(f"accuracy {history.accuracies[0]:.3f} -> {history.accuracies[-1]:.3f}")
+    elif history.accuracies:
+        parts.append(f"accuracy {history.accuracies[0]:.3f}")
+    elif history.losses:
+        parts.append(f"loss {history.losses[0]:.4f} -> {history.losses[-1]:.4f}")
+    if config.mode != "eval":
+        parts.append(f"{history.steps_done} steps")
+    return ", ".join(parts)

@@ -1,0 +1,115 @@
+"""`drivetrain key=value ...`: one run, from the command line to the last line a person reads.
+
+Exit status: 0 the run finished; 2 the configuration was refused, nothing was started and no run
+directory made; 1 the run failed; 130 (SIGINT) or 128 + signal: it was ended. The reason is on
+stderr in one line each.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from framework.checks import check_config
+from framework.compose import ConfigError, compose_config
+from framework.config import RunConfig
+from framework.help_text import help_text
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `drivetrain`; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    try:
+        config = read_config(arguments)
+    except ConfigError as error:
+        for line in error.errors:
+            print(f"drivetrain: {line}", file=sys.stderr)
+        return EXIT_REFUSED
+    if config.dry_run:
+        from framework.plan import describe_run
+
+        print(describe_run(config))
+        return 0
+    try:
+        return start_run(config)
+    except KeyboardInterrupt:  # before the supervisor took the signals over
+        print("drivetrain: ended by SIGINT", file=sys.stderr)
+        return 130
+
+
+def read_config(arguments: list[str]) -> RunConfig:
+    """The checked configuration of a command line; ConfigError lists all that is wrong."""
+    config_dir, overrides = "", []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config-dir":
+            config_dir = next(remaining, "")
+            if not config_dir:
+                raise ConfigError(["--config-dir: a directory is wanted"])
+        elif argument.startswith("--config-dir="):
+            config_dir = argument.partition("=")[2]
+        elif argument.startswith("-"):
+            raise ConfigError([f"{argument}: no such option; settings are key=value, see --help"])
+        else:
+            overrides.append(argument)
+    config = compose_config(overrides, config_dir)
+    errors = check_config(config)
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def start_run(config: RunConfig) -> int:
+    """Write the run directory and hand the run to its launcher; returns the exit status."""
+    from framework.launch.prepare import write_run
+
+    started = time.monotonic()
+    try:
+        stages = write_run(config)
+    except ConfigError as error:
+        print(f"drivetrain: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except OSError as error:
+        print(f"drivetrain: run_dir={config.run_dir}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if config.cluster.launcher == "slurm":
+        from framework.launch.slurm import submit
+
+        return submit(stages)
+    if config.cluster.launcher == "manual":
+        from framework.launch.manual import describe_commands
+
+        print(describe_commands(stages))
+        return 0
+    return _run_here(config, stages, started)
+
+
+def _run_here(config: RunConfig, stages, started: float) -> int:
+    from framework.finish import finish_run
+    from framework.launch.local import run_local
+    from framework.launch.supervisor import InterruptedRunError, RoleFailedError
+    from framework.progress import ProgressView
+
+    live = config.tracker.progress and sys.stdout.isatty()
+    try:
+        with ProgressView(config.name, sys.stdout, live=live) as view:
+            run_local(stages, view.begin, view.tick if config.tracker.progress else lambda: None)
+    except RoleFailedError as error:
+        print(f"drivetrain: {error}", file=sys.stderr)
+        for line in error.tail[-20:]:
+            print(f"    {line}", file=sys.stderr)
+        return EXIT_FAILED
+    except InterruptedRunError as error:
+        print(f"drivetrain: {error}; every process has been stopped", file=sys.stderr)
+        return 128 + error.signum
+    print(finish_run(stages.main, time.monotonic() - started))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

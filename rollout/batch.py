@@ -1,0 +1,68 @@
+"""Groups -> the batch of one step: metadata for every rank, and the figures people watch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rollout.types import Group, Sample, SampleInfo, Status, StepBatch
+
+
+def make_batch(
+    step: int, groups: Sequence[Group], generate_time_s: float
+) -> tuple[StepBatch, list[Sample]]:
+    """The batch of a step and its samples, both ordered by (group_id, index).
+
+    generate_time_s: from the start of the first to the end of the last of its groups.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    infos = [sample_info(sample, group) for group in groups for sample in group.samples]
+    staleness_max = step - min(info.version for info in infos)
+    metrics = _metrics(step, groups, infos, generate_time_s)
+    metrics["rollout/staleness_max"] = float(staleness_max)
+    batch = StepBatch(step=step, samples=infos, staleness_max=staleness_max, metrics=metrics)
+    return batch, samples
+
+
+def sample_info(sample: Sample, group: Group) -> SampleInfo:
+    """What every rank must know of a sample. A failed one counts as old as its group."""
+    written = sample.versions[sample.loss_mask.astype(bool)]
+    return SampleInfo(
+        group_id=sample.group_id,
+        index=sample.index,
+        prompt_length=sample.prompt_length,
+        response_length=sample.response_length,
+        num_loss_tokens=len(written),
+        reward=sample.reward,
+        version=int(written.min()) if len(written) else group.start_version,
+    )
+
+
+def _metrics(
+    step: int, groups: Sequence[Group], infos: list[SampleInfo], generate_time_s: float
+) -> dict[str, float]:
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = np.array([info.reward for info in infos])
+    lengths = np.array([info.response_length for info in infos])
+    tokens = float(sum(info.num_loss_tokens for info in infos))
+    uniform = [len({sample.reward for sample in group.samples}) == 1 for group in groups]
+    metrics = {
+        "rollout/reward_mean": rewards.mean(),
+        "rollout/accuracy": (rewards >= 1).mean(),
+        "rollout/staleness_mean": np.mean([step - info.version for info in infos]),
+        "rollout/response_length_mean": lengths.mean(),
+        "rollout/truncated_fraction": _fraction(samples, Status.TRUNCATED),
+        "rollout/failed_fraction": _fraction(samples, Status.FAILED),
+        "rollout/groups_uniform_fraction": np.mean(uniform),
+        "rollout/tokens": tokens,
+        "rollout/generate_time_s": generate_time_s,
+        "rollout/tokens_per_s": tokens / max(generate_time_s, 1e-9),
+    }
+    components = sorted({name for sample in samples for name in sample.rewards})
+    for name in components:
+        values = [sample.rewards[name] for sample in samples if name in sample.rewards]
+        metrics[f"rollout/reward/{name}"] = np.mean(values)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _fraction(samples: list[Sample], status: Status) -> float:
+    return sum(sample.status is status for sample in samples) / len(samples)

@@ -1,0 +1,181 @@
+"""The data buffer: which groups may start, which are running, which train next. Pure, no IO.
+
+With B = groups per step, eta = max_staleness_steps and v = the policy version:
+
+- a group may start only while (v + eta + 1) * B > groups accepted or running so far;
+- a group that started at version w may be trained at step w + eta at the latest (its deadline),
+  so a step takes the groups with the earliest deadlines, and waits for a running one when
+  going on without it would leave more groups due by some later step than fit until then.
+
+The first rule lets that always be possible: at most (t + 1) * B groups ever have a deadline of t
+or earlier. The second keeps it so: nothing older than eta is ever trained, and nothing dropped.
+With eta = 0 the batch of step s is exactly the B groups started at version s.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rollout.types import Group
+
+
+@dataclass(kw_only=True, slots=True)
+class Lease:
+    """A group that somebody is generating."""
+
+    group_id: int
+    start_version: int
+
+
+@dataclass(kw_only=True, slots=True)
+class BufferState:
+    """Everything a buffer holds, as it is saved."""
+
+    version: int
+    next_group_id: int
+    next_step: int
+    leases: list[Lease] = field(default_factory=list)
+    accepted: list[Group] = field(default_factory=list)
+
+
+class DataBuffer:
+    """Groups between their start and the step that trains them."""
+
+    def __init__(
+        self, *, groups_per_step: int, max_staleness_steps: int, num_steps: int | None = None
+    ) -> None:
+        """num_steps: no more groups start than that many steps can train (None: no limit)."""
+        self._groups_per_step = groups_per_step
+        self._eta = max_staleness_steps
+        self._num_steps = num_steps
+        self.version = -1
+        """Policy version that new groups start with; -1: nothing published, nothing may start."""
+        self.next_step = 0
+        self._next_group_id = 0
+        self._running: dict[int, Lease] = {}
+        self._returned: list[Lease] = []
+        # Accepted groups and counts of all groups not yet delivered, by start version: at most
+        # eta + 1 versions are alive at a time, so everything below is O(eta + B).
+        self._accepted: dict[int, list[Group]] = {}
+        self._undelivered: Counter[int] = Counter()
+
+    @property
+    def num_running(self) -> int:
+        """Groups that are being generated."""
+        return len(self._running)
+
+    @property
+    def num_accepted(self) -> int:
+        """Finished groups that wait for their step."""
+        return sum(len(groups) for groups in self._accepted.values())
+
+    def publish(self, version: int) -> None:
+        """A new policy version serves: more groups may start."""
+        if version < self.version:
+            raise ValueError(f"version {version} was published after version {self.version}")
+        self.version = version
+
+    def lease(self) -> Lease | None:
+        """Start a group, or None while the staleness bound forbids it."""
+        if self._returned:
+            lease = self._returned.pop(0)
+            self._running[lease.group_id] = lease
+            return lease
+        limit = (self.version + self._eta + 1) * self._groups_per_step if self.version >= 0 else 0
+        if self._num_steps is not None:
+            limit = min(limit, self._num_steps * self._groups_per_step)
+        if self._next_group_id >= limit:
+            return None
+        lease = Lease(group_id=self._next_group_id, start_version=self.version)
+        self._next_group_id += 1
+        self._running[lease.group_id] = lease
+        self._undelivered[lease.start_version] += 1
+        return lease
+
+    def give_back(self, group_id: int) -> None:
+        """A running group was not finished by its holder: the next lease is this one again."""
+        self._returned.append(self._take_running(group_id))
+
+    def accept(self, group: Group) -> None:
+        """A running group is finished."""
+        lease = self._running.get(group.group_id)
+        if lease is not None and lease.start_version != group.start_version:
+            raise ValueError(
+                f"group {group.group_id} was leased at version {lease.start_version} and says "
+                f"{group.start_version}"
+            )
+        self._take_running(group.group_id)
+        self._accepted.setdefault(group.start_version, []).append(group)
+
+    def may_take(self) -> bool:
+        """Whether take() would give a batch now."""
+        return self.num_accepted >= self._groups_per_step and self._may_go_on()
+
+    def take(self) -> list[Group] | None:
+        """The groups of step `next_step`, ordered by id; None while it must wait.
+
+        Earliest deadline first; see the module's docstring for when that must wait.
+        """
+        if not self.may_take():
+            return None
+        batch: list[Group] = []
+        for version in sorted(self._accepted):
+            groups = sorted(self._accepted[version], key=lambda group: group.group_id)
+            room = self._groups_per_step - len(batch)
+            batch += groups[:room]
+            taken = min(room, len(groups))
+            self._accepted[version] = groups[room:]
+            self._undelivered[version] -= taken
+            for table in (self._accepted, self._undelivered):
+                if not table[version]:
+                    del table[version]
+            if len(batch) == self._groups_per_step:
+                break
+        self.next_step += 1
+        return sorted(batch, key=lambda group: group.group_id)
+
+    def blockers(self) -> list[int]:
+        """Running groups, oldest first: what a waiting step waits for."""
+        order = sorted(self._running.values(), key=lambda x: (x.start_version, x.group_id))
+        return [lease.group_id for lease in order]
+
+    def state_dict(self) -> BufferState:
+        """Everything; groups that are running are generated again after a restart."""
+        return BufferState(
+            version=self.version,
+            next_group_id=self._next_group_id,
+            next_step=self.next_step,
+            leases=[*self._returned, *self._running.values()],
+            accepted=[group for groups in self._accepted.values() for group in groups],
+        )
+
+    def load_state_dict(self, state: BufferState) -> None:
+        """Continue from a saved state, in a new buffer of the same settings."""
+        self.version = state.version
+        self._next_group_id = state.next_group_id
+        self.next_step = state.next_step
+        self._running = {}
+        self._returned = sorted(state.leases, key=lambda lease: lease.group_id)
+        self._accepted = {}
+        for group in state.accepted:
+            self._accepted.setdefault(group.start_version, []).append(group)
+        pending = [*state.leases, *state.accepted]
+        self._undelivered = Counter(item.start_version for item in pending)
+
+    def _take_running(self, group_id: int) -> Lease:
+        lease = self._running.pop(group_id, None)
+        if lease is None:
+            raise ValueError(f"group {group_id} is not running: finished twice, or never leased")
+        return lease
+
+    def _may_go_on(self) -> bool:
+        """Would the earliest accepted groups leave every later deadline within reach?"""
+        due = in_batch = 0
+        for version in sorted(self._undelivered):
+            due += self._undelivered[version]
+            ready = len(self._accepted.get(version, ()))
+            in_batch = min(in_batch + ready, self._groups_per_step)
+            # Steps after this one that may still train groups of this version.
+            steps_left = max(version + self._eta - self.next_step, 0)
+            if due - in_batch > steps_left * self._groups_per_step:
+                return False
+        return True

@@ -1,0 +1,83 @@
+"""Accuracy on held-out prompts: one sample each, with seeds that do not depend on the version."""
+
+import asyncio
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rollout.client import EngineFailure
+from rollout.config import DataConfig
+from rollout.data import PromptStream
+from rollout.environments import Environment
+from rollout.generate import Episode, Generator
+from rollout.seeds import derive_seed
+from rollout.types import EvalResult, Sample
+
+_PROMPTS_PER_REQUEST = 64
+_NUM_TEXTS = 8
+
+
+class Evaluator:
+    """Measures the policy that the engines serve; the same weights give the same figures."""
+
+    def __init__(self, *, data: DataConfig, seed: int, generator: Generator, results: Path) -> None:
+        """results: eval.jsonl, to which every evaluation adds a line."""
+        self._data = data
+        self._seed = seed
+        sampling = replace(generator.sampling, temperature=data.eval_temperature)
+        self._generator = replace(generator, sampling=sampling)
+        self._results = results
+        self._prompts = PromptStream(data, seed, "eval")
+
+    async def run(self, version: int) -> EvalResult:
+        """Evaluate `version`; EngineFailure when the engines serve another one."""
+        start = time.monotonic()
+        count = self._data.eval_num_prompts
+        chunks = [
+            range(first, min(first + _PROMPTS_PER_REQUEST, count))
+            for first in range(0, count, _PROMPTS_PER_REQUEST)
+        ]
+        parts = await asyncio.gather(*(self._chunk(chunk, version) for chunk in chunks))
+        samples = [sample for part in parts for sample in part]
+        seen = {int(v) for sample in samples for v in sample.versions if v >= 0}
+        if seen - {version}:
+            raise EngineFailure(
+                f"evaluation of version {version}: the engines sampled with {sorted(seen)}"
+            )
+        lengths = [sample.response_length for sample in samples]
+        result = EvalResult(
+            version=version,
+            accuracy=sum(sample.reward for sample in samples) / count,
+            num_prompts=count,
+            response_length_mean=sum(lengths) / count,
+            time_s=time.monotonic() - start,
+        )
+        await asyncio.to_thread(self._write, result, samples[:_NUM_TEXTS])
+        return result
+
+    async def _chunk(self, indices: range, version: int) -> list[Sample]:
+        episodes = [self._episode(index) for index in indices]
+        return await self._generator.run(episodes, version)
+
+    def _episode(self, index: int) -> Episode:
+        environment: Environment
+        (environment,) = self._prompts.environments(index, 1)
+        seed = derive_seed(self._seed, "eval", index)
+        return Episode(environment=environment, group_id=index, index=0, seed=seed)
+
+    def _write(self, result: EvalResult, samples: list[Sample]) -> None:
+        chat = self._generator.chat
+        texts = [
+            {
+                "prompt": chat.text(sample.tokens[: sample.prompt_length]),
+                "response": chat.text(sample.tokens[sample.prompt_length :]),
+                "reward": sample.reward,
+                "status": sample.status.value,
+            }
+            | sample.metadata
+            for sample in samples
+        ]
+        line = json.dumps(asdict(result) | {"samples": texts})
+        with self._results.open("a") as file:
+            file.write(line + "\n")

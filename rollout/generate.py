@@ -1,0 +1,174 @@
+"""Episodes: environments talk with the engines, turn by turn, and become samples.
+
+All episodes of one call share their first engine request (a group, or a chunk of evaluation
+prompts); later turns go on by themselves, so a slow environment delays only its own sample.
+This is the boundary at which a failing environment or reward becomes a counted status.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from rollout.client import EngineClient, EngineFailure, Generation
+from rollout.config import SamplingConfig
+from rollout.environments import Environment
+from rollout.rewards import RewardFunction, Task
+from rollout.seeds import derive_seed
+from rollout.tokens import Chat, Transcript
+from rollout.types import Sample, Status
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class _EpisodeError(Exception):
+    """Environment or reward failed; the message says how."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Episode:
+    """One conversation in the making."""
+
+    environment: Environment
+    group_id: int
+    index: int
+    seed: int
+    """Of its first turn; later turns derive theirs from it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Generator:
+    """What every episode needs."""
+
+    client: EngineClient
+    chat: Chat
+    sampling: SamplingConfig
+    reward: RewardFunction
+    timeout_s: float
+    """Bound of each call of an environment or reward."""
+
+    async def run(self, episodes: list[Episode], version: int) -> list[Sample]:
+        """Samples of the episodes, in order. `version`: the least one their tokens may have.
+
+        Raises EngineFailure; failures of environments and rewards are statuses of the samples.
+        """
+        prompts = await asyncio.gather(*(self._prompt(episode) for episode in episodes))
+        started = [k for k, prompt in enumerate(prompts) if not isinstance(prompt, _EpisodeError)]
+        generations = (
+            await self.client.generate(
+                [prompts[k] for k in started],  # pyright: ignore[reportArgumentType]
+                self.sampling,
+                [episodes[k].seed for k in started],
+            )
+            if started
+            else []
+        )
+        first = dict(zip(started, generations, strict=True))
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._episode(episode, prompts[k], first.get(k), version))
+                for k, episode in enumerate(episodes)
+            ]
+        return [task.result() for task in tasks]
+
+    async def _prompt(self, episode: Episode) -> "list[int] | _EpisodeError":
+        try:
+            messages = await self._guard(episode.environment.initial_messages(), "prompt")
+            return self.chat.prompt(messages)
+        except _EpisodeError as error:
+            return error
+
+    async def _episode(
+        self,
+        episode: Episode,
+        prompt: "list[int] | _EpisodeError",
+        first: Generation | None,
+        version: int,
+    ) -> Sample:
+        if isinstance(prompt, _EpisodeError) or first is None:
+            # No prompt, nothing sampled: a placeholder of one token each, which trains nothing.
+            transcript = Transcript([self.chat.end_id])
+            transcript.add_observation([self.chat.end_id])
+            return self._failed(episode, transcript, str(prompt))
+        transcript = Transcript(prompt)
+        try:
+            task, status = await self._converse(episode, transcript, first, version)
+            sample = transcript.sample(
+                group_id=episode.group_id,
+                index=episode.index,
+                status=status,
+                metadata=task.description,
+            )
+            reward = await self._guard(self.reward(sample, task), "reward")
+            if not np.isfinite(reward.value):
+                raise _EpisodeError(f"reward is {reward.value}")
+        except _EpisodeError as error:
+            return self._failed(episode, transcript, str(error))
+        sample.reward = float(reward.value)
+        sample.rewards = reward.components
+        sample.check()
+        return sample
+
+    async def _converse(
+        self, episode: Episode, transcript: Transcript, generation: Generation, version: int
+    ) -> tuple[Task, Status]:
+        """Turns until the environment is done or the token budget is spent."""
+        environment = episode.environment
+        task = Task(description=environment.describe(), replies=[], environment_reward=0.0)
+        while True:
+            if generation.versions.min() < version:
+                raise EngineFailure(
+                    f"an engine sampled with version {generation.versions.min()} where the run "
+                    f"is at {version}: its weights were not updated"
+                )
+            transcript.add_reply(
+                generation.token_ids.tolist(),
+                generation.logprobs.tolist(),
+                generation.versions.tolist(),
+            )
+            end = len(generation.token_ids) - int(generation.end_token)
+            task.replies.append(self.chat.text(generation.token_ids[:end]))
+            if generation.finish == "length":
+                return task, Status.TRUNCATED
+            step = await self._guard(environment.step(task.replies[-1]), "step")
+            task.environment_reward += step.reward
+            if step.done:
+                return task, Status.STOPPED
+            transcript.add_observation(
+                self.chat.continuation(step.messages, ended=generation.end_token)
+            )
+            budget = self.sampling.max_new_tokens - transcript.response_length
+            if budget < 1:
+                return task, Status.TRUNCATED
+            (generation,) = await self.client.generate(
+                [transcript.tokens],
+                replace(self.sampling, max_new_tokens=budget),
+                [derive_seed(episode.seed, "turn", len(task.replies))],
+            )
+
+    async def _guard(self, call: Awaitable[T], what: str) -> T:
+        """Await foreign code within its bound; whatever it raises becomes an _EpisodeError."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await call
+        except TimeoutError:
+            raise _EpisodeError(f"{what}: no answer within {self.timeout_s:g} s") from None
+        except Exception as error:
+            raise _EpisodeError(f"{what}: {type(error).__name__}: {error}") from error
+
+    def _failed(self, episode: Episode, transcript: Transcript, reason: str) -> Sample:
+        logger.warning("sample %d/%d failed: %s", episode.group_id, episode.index, reason)
+        sample = transcript.sample(
+            group_id=episode.group_id,
+            index=episode.index,
+            status=Status.FAILED,
+            metadata={"error": reason},
+        )
+        sample.loss_mask[:] = 0
+        sample.rollout_logprobs[:] = 0
+        sample.versions[:] = -1
+        return sample

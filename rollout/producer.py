@@ -1,0 +1,171 @@
+"""Keeps the engines busy within the staleness bound and makes batches of what comes back.
+
+No polling: a published version starts groups, a finished group wakes the steps that wait.
+"""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from rollout.batch import make_batch
+from rollout.buffer import DataBuffer, Lease
+from rollout.client import EngineFailure
+from rollout.data import PromptStream
+from rollout.generate import Episode, Generator
+from rollout.journal import read_step, step_path, write_step
+from rollout.seeds import derive_seed
+from rollout.types import Group, Sample, Status, StepBatch
+
+logger = logging.getLogger(__name__)
+
+_STEPS_IN_MEMORY = 2
+
+
+class ProducerFailure(RuntimeError):
+    """Generation ended for good; the message is the reason."""
+
+
+class Producer:
+    """Prompts -> groups -> buffer -> journaled batches."""
+
+    def __init__(
+        self,
+        *,
+        buffer: DataBuffer,
+        prompts: PromptStream,
+        generator: Generator,
+        samples_per_prompt: int,
+        seed: int,
+        rollouts: Path,
+        max_running_groups: int,
+    ) -> None:
+        self.buffer = buffer
+        self.failure: str | None = None
+        """Why generation ended for good."""
+        self.failed = asyncio.Event()
+        self._prompts = prompts
+        self._generator = generator
+        self._samples_per_prompt = samples_per_prompt
+        self._seed = seed
+        self._rollouts = rollouts
+        self._slots = asyncio.Semaphore(max_running_groups)
+        self._changed = asyncio.Condition()
+        self._delivery = asyncio.Lock()
+        self._tasks: set[asyncio.Task] = set()
+        self._times: dict[int, tuple[float, float]] = {}
+        self._delivered: dict[int, tuple[StepBatch, list[Sample]]] = {}
+
+    def publish(self, version: int) -> None:
+        """The engines have this version: start every group that it allows."""
+        self.buffer.publish(version)
+        self._admit()
+
+    async def batch(self, step: int, wait_s: float) -> tuple[StepBatch, list[Sample]] | None:
+        """The batch of a step, the same whenever it is asked for; None when wait_s ran out.
+
+        Raises ProducerFailure when it cannot come any more, ValueError for a step out of turn.
+        """
+        if step in self._delivered:
+            return self._delivered[step]
+        if step < self.buffer.next_step:
+            return await asyncio.to_thread(read_step, step_path(self._rollouts, step))
+        if step > self.buffer.next_step:
+            raise ValueError(f"step {step} was asked for before step {self.buffer.next_step}")
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._wait_for(step)
+        except TimeoutError:
+            return None
+        return await self._deliver(step)
+
+    async def close(self) -> None:
+        """Stop generating."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _wait_for(self, step: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: (
+                    self.failure is not None
+                    or self.buffer.next_step > step
+                    or self.buffer.may_take()
+                )
+            )
+
+    async def _deliver(self, step: int) -> tuple[StepBatch, list[Sample]]:
+        """Take and journal a step once, however many ranks ask at the same time."""
+        async with self._delivery:
+            if step in self._delivered:
+                return self._delivered[step]
+            if self.failure is not None:
+                raise ProducerFailure(self.failure)
+            groups = self.buffer.take()
+            assert groups is not None, "the buffer promised a batch"
+            times = [self._times.pop(group.group_id) for group in groups]
+            seconds = max(end for _, end in times) - min(start for start, _ in times)
+            batch, samples = make_batch(step, groups, seconds)
+            if all(sample.status is Status.FAILED for sample in samples):
+                self._fail(f"every sample of step {step} failed: {samples[0].metadata['error']}")
+                raise ProducerFailure(str(self.failure))
+            try:
+                await asyncio.to_thread(write_step, self._rollouts, batch, samples)
+            except OSError as error:
+                self._fail(f"the journal cannot be written: {error}")
+                raise ProducerFailure(str(self.failure)) from error
+            self._delivered[step] = (batch, samples)
+            self._delivered.pop(step - _STEPS_IN_MEMORY, None)
+            return self._delivered[step]
+
+    def _admit(self) -> None:
+        while self.failure is None and (lease := self.buffer.lease()) is not None:
+            task = asyncio.create_task(self._run(lease), name=f"group {lease.group_id}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, lease: Lease) -> None:
+        try:
+            async with self._slots:
+                start = time.monotonic()
+                samples = await self._generate(lease)
+                self._times[lease.group_id] = (start, time.monotonic())
+        except EngineFailure as error:
+            self._fail(str(error))
+        except ExceptionGroup as error:
+            self._fail(f"group {lease.group_id}: {_first(error)}")
+        except ValueError as error:
+            self._fail(f"group {lease.group_id}: {error}")
+        else:
+            self.buffer.accept(
+                Group(group_id=lease.group_id, start_version=lease.start_version, samples=samples)
+            )
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _generate(self, lease: Lease) -> list[Sample]:
+        environments = self._prompts.environments(lease.group_id, self._samples_per_prompt)
+        episodes = [
+            Episode(
+                environment=environment,
+                group_id=lease.group_id,
+                index=index,
+                seed=derive_seed(self._seed, lease.group_id, index, lease.start_version),
+            )
+            for index, environment in enumerate(environments)
+        ]
+        return await self._generator.run(episodes, lease.start_version)
+
+    def _fail(self, reason: str) -> None:
+        if self.failure is None:
+            self.failure = reason
+            logger.error("generation ended: %s", reason)
+        self.failed.set()
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first leaf of an exception group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

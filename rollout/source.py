@@ -1,0 +1,185 @@
+"""Where trainers get their batches: from the rollout process, or from another run's journal."""
+
+import time
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import httpx
+
+from rollout.journal import read_step, step_path
+from rollout.messages import BatchRequest, Health, SamplesRequest, VersionRequest
+from rollout.types import EvalResult, Sample, StepBatch
+from rollout.wire import CONTENT_TYPE, decode, encode
+
+T = TypeVar("T")
+
+_LONG_POLL_MARGIN_S = 60.0
+_RECONNECT_S = 10.0
+"""How long a rollout process that does not answer is given before the run fails."""
+
+
+class BatchSource(Protocol):
+    """What the training loop asks for. Every rank holds one."""
+
+    def take(self, step: int) -> StepBatch:
+        """The metadata of a step; the same however often and by whichever rank it is asked."""
+        ...
+
+    def fetch(self, step: int, indices: list[int]) -> list[Sample]:
+        """Samples of a step by their places in StepBatch.samples, in that order."""
+        ...
+
+    def publish(self, version: int) -> None:
+        """The engines serve this version (one rank calls it)."""
+        ...
+
+    def evaluate(self, version: int) -> EvalResult:
+        """Accuracy on held-out prompts (one rank calls it)."""
+        ...
+
+    def finish(self) -> None:
+        """Nothing more will be asked for (one rank calls it)."""
+        ...
+
+
+class RolloutFailure(RuntimeError):
+    """The rollout process said that it cannot go on, or refused a request."""
+
+
+class BufferClient:
+    """The rollout process over HTTP."""
+
+    def __init__(self, url: str, token: str, timeout_s: float) -> None:
+        """timeout_s: bound of every wait (rollout.batch_timeout_s)."""
+        self._url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._http = httpx.Client(
+            base_url=self._url,
+            headers={"Authorization": f"Bearer {token}", "Content-Type": CONTENT_TYPE},
+            timeout=httpx.Timeout(_LONG_POLL_MARGIN_S, connect=5.0),
+            trust_env=False,
+        )
+
+    def take(self, step: int) -> StepBatch:
+        """Waits up to timeout_s; TimeoutError says what is missing."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            reply = self._post("/batch", BatchRequest(step=step))
+            if reply.status_code == 200:
+                return decode(reply.content, StepBatch)
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"no batch for step {step} within rollout.batch_timeout_s="
+                    f"{self._timeout_s:g}: {self._describe_health()}"
+                )
+
+    def fetch(self, step: int, indices: list[int]) -> list[Sample]:
+        """Only what this rank trains."""
+        reply = self._post("/samples", SamplesRequest(step=step, indices=indices))
+        samples = decode(reply.content, list[Sample])
+        if len(samples) != len(indices):
+            raise RolloutFailure(f"{len(samples)} samples came where {len(indices)} were asked for")
+        for sample in samples:
+            sample.check()
+        return samples
+
+    def publish(self, version: int) -> None:
+        """New groups start with this version."""
+        self._post("/version", VersionRequest(version=version))
+
+    def evaluate(self, version: int) -> EvalResult:
+        """Waits up to timeout_s."""
+        message = VersionRequest(version=version)
+        try:
+            reply = self._post("/evaluate", message, timeout_s=self._timeout_s)
+        except httpx.ReadTimeout:
+            raise TimeoutError(
+                f"no evaluation of version {version} within rollout.batch_timeout_s="
+                f"{self._timeout_s:g}: {self._describe_health()}"
+            ) from None
+        return decode(reply.content, EvalResult)
+
+    def finish(self) -> None:
+        """The rollout process ends."""
+        self._post("/finish", None)
+
+    def health(self) -> Health:
+        """How the rollout process stands."""
+        reply = self._http.get("/health", timeout=5.0)
+        if reply.status_code != 200:
+            raise RolloutFailure(f"{self._url}/health: status {reply.status_code}: {reply.text}")
+        return decode(reply.content, Health)
+
+    def _describe_health(self) -> str:
+        try:
+            health = self.health()
+        except (httpx.HTTPError, RolloutFailure, ValueError) as error:
+            return f"the rollout process at {self._url} does not tell why ({error})"
+        return (
+            f"the rollout process is at policy version {health.policy_version} with "
+            f"{health.accepted} groups finished and {health.running} running "
+            f"(oldest: {health.waiting_for}) {health.failure}".rstrip()
+        )
+
+    def _post(self, path: str, message: object, timeout_s: float | None = None) -> httpx.Response:
+        """One request; a process that cannot be reached is tried again for a short while.
+
+        Every request of ours may be repeated: asking twice gives the same answer.
+        """
+        body = encode(message)
+        timeout = httpx.Timeout(timeout_s or _LONG_POLL_MARGIN_S, connect=5.0)
+        deadline = time.monotonic() + _RECONNECT_S
+        while True:
+            try:
+                reply = self._http.post(path, content=body, timeout=timeout)
+                break
+            except httpx.ReadTimeout:
+                raise
+            except httpx.TransportError as error:
+                if time.monotonic() > deadline:
+                    raise RolloutFailure(
+                        f"the rollout process at {self._url} is gone ({path}: {error}); "
+                        f"see logs/rollout.log in the run directory"
+                    ) from None
+                time.sleep(0.2)
+        if reply.status_code in (200, 204):
+            return reply
+        raise RolloutFailure(f"{path}: {reply.text or f'status {reply.status_code}'}")
+
+
+class JournalSource:
+    """mode=train_only: the batches that another run journaled."""
+
+    def __init__(self, replay_dir: str | Path) -> None:
+        self._rollouts = Path(replay_dir)
+        if not self._rollouts.is_dir():
+            raise ValueError(f"replay_dir={replay_dir}: no such directory")
+        self._step = -1
+        self._entry: tuple[StepBatch, list[Sample]] | None = None
+
+    def take(self, step: int) -> StepBatch:
+        """ValueError names the file that is missing or damaged."""
+        return self._read(step)[0]
+
+    def fetch(self, step: int, indices: list[int]) -> list[Sample]:
+        """Samples by their places."""
+        samples = self._read(step)[1]
+        return [samples[k] for k in indices]
+
+    def publish(self, version: int) -> None:
+        """Nobody generates: nothing to do."""
+
+    def evaluate(self, version: int) -> EvalResult:
+        """There is no engine to ask."""
+        raise ValueError(
+            "mode=train_only has no engines: set eval.at_start=false eval.at_end=false"
+        )
+
+    def finish(self) -> None:
+        """Nobody waits: nothing to do."""
+
+    def _read(self, step: int) -> tuple[StepBatch, list[Sample]]:
+        if self._entry is None or self._step != step:
+            self._entry = read_step(step_path(self._rollouts, step))
+            self._step = step
+        return self._entry

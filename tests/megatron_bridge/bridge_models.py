@@ -1,0 +1,55 @@
+"""Tiny random Hugging Face models, every weight (norms too) drawn so that a misplaced one shows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(1))
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,  # padded in every layout
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # heads * head_dim is not hidden_size
+    "max_position_embeddings": 128,
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3_untied": ("Qwen3", {"tie_word_embeddings": False}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama_untied": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
+}
+
+
+def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
+    """Save model `name` under `path`; returns transformers' logits of TOKENS, [2, 24, V] fp32."""
+    import transformers
+
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, **sizes}, **settings, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+        model.save_pretrained(path)
+        return model(TOKENS).logits

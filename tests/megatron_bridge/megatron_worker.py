@@ -1,0 +1,195 @@
+"""What four gloo ranks do with real megatron-core models; started by test_megatron.py."""
+
+import dataclasses
+import datetime
+import json
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bridge_models import TOKENS
+
+WORLD = 4
+MULTIPLE = 8
+TIMEOUT_S = 60
+
+
+def work(rank: int, port: int, root: str, cases: list[dict[str, Any]]) -> None:
+    """Run every case; leaves root/<case>.<rank>.json, or root/failed.<rank> with a traceback."""
+    try:
+        _work(rank, port, Path(root), cases)
+    except BaseException:
+        Path(root, f"failed.{rank}").write_text(traceback.format_exc())
+        raise
+
+
+def _work(rank: int, port: int, root: Path, cases: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=TIMEOUT_S)
+    )
+    from megatron_bridge import models
+
+    tables = dict(models.ARCHITECTURES)
+    for case in cases:
+        models.ARCHITECTURES.update(tables)
+        if case.get("wrong"):
+            plant_wrong_rule(case["wrong"])
+        result = run_case(rank, root, case)
+        (root / f"{case['name']}.{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def plant_wrong_rule(which: str) -> None:
+    """Replace a rule of Qwen3 by a bijection that round-trips just as well, and is wrong."""
+    from megatron_bridge import models
+    from megatron_bridge.models.architecture import gated, qkv
+    from megatron_bridge.views import concat, shard
+
+    def concatenated_then_cut(place: Any, *tensors: Any) -> Any:
+        return shard(concat(0, tensors), 0, place.tp, place.tp_rank)
+
+    right = {"qkv": qkv, "gated": gated}[which]
+    table = models.ARCHITECTURES["Qwen3ForCausalLM"]
+    rows = tuple(
+        dataclasses.replace(row, rule=concatenated_then_cut) if row.rule is right else row
+        for row in table.rows
+    )
+    models.ARCHITECTURES["Qwen3ForCausalLM"] = dataclasses.replace(table, rows=rows)
+
+
+def build(rank: int, hf_dir: Path, sizes: dict[str, int]) -> tuple[Any, Any, list[Any]]:
+    """The layout, its plan and this rank's loaded model chunks."""
+    import framework.megatron  # noqa: F401  prepares megatron-core for the CPU
+    from framework.config import ModelConfig, ParallelConfig
+    from framework.megatron.model import build_chunks, transformer_config
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_bridge.export_plan import ExportPlan
+    from megatron_bridge.hf_checkpoint import read_config
+    from megatron_bridge.layout import Layout
+    from megatron_bridge.load import detect_spec, load_hf
+
+    tp, pp, vpp = (sizes.get(name, 1) for name in ("tp", "pp", "vpp"))
+    layout = Layout(tp=tp, pp=pp, vpp=vpp, dp=WORLD // (tp * pp))
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+    )
+    model_parallel_cuda_manual_seed(1)
+    config = read_config(hf_dir)
+    parallel = ParallelConfig(tp=tp, pp=pp, vpp=vpp, dp=layout.dp)
+    model = ModelConfig(hf_path=str(hf_dir), vocab_pad_multiple=MULTIPLE)
+    chunks = build_chunks(config, transformer_config(config, model, parallel), MULTIPLE)
+    for chunk in chunks:
+        for parameter in chunk.parameters():  # nothing may survive from the initialisation
+            torch.nn.init.constant_(parameter, float("nan"))
+    load_hf(chunks, hf_dir, layout, layout.coords(rank), MULTIPLE)
+    plan = ExportPlan(
+        hf_config=config,
+        layout=layout,
+        spec=detect_spec(chunks),
+        dtype=torch.float32,
+        vocab_pad_multiple=MULTIPLE,
+        bucket_bytes=50_000,
+    )
+    return layout, plan, chunks
+
+
+def forward(rank: int, layout: Any, chunks: list[Any], vocab_size: int) -> torch.Tensor | None:
+    """Logits [2, 24, V] of TOKENS on the ranks of the last stage; stages hand over by hand."""
+    from megatron.core import parallel_state
+
+    coords = layout.coords(rank)
+    positions = torch.arange(TOKENS.shape[1])[None].expand(len(TOKENS), -1)
+    logits = None
+    with torch.no_grad():
+        for stage in range(layout.pp * layout.vpp):
+            chunk, pp = divmod(stage, layout.pp)
+            if pp != coords.pp:
+                continue
+            model = chunks[chunk].eval()
+            if stage > 0:
+                hidden = torch.empty(TOKENS.shape[1], len(TOKENS), model.config.hidden_size)
+                dist.recv(hidden, neighbour(layout, coords, (pp - 1) % layout.pp))
+                model.set_input_tensor(hidden)
+            output = model(TOKENS, positions, None)
+            if stage < layout.pp * layout.vpp - 1:
+                dist.send(output.contiguous(), neighbour(layout, coords, (pp + 1) % layout.pp))
+                continue
+            group = parallel_state.get_tensor_model_parallel_group()
+            parts = [torch.empty_like(output) for _ in range(layout.tp)]
+            dist.all_gather(parts, output.contiguous(), group=group)
+            logits = torch.cat(parts, -1)[..., :vocab_size]
+    return logits
+
+
+def neighbour(layout: Any, coords: Any, pp: int) -> int:
+    """The rank at the same place of another stage."""
+    return layout.rank(tp=coords.tp, cp=coords.cp, dp=coords.dp, pp=pp)
+
+
+def run_case(rank: int, root: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Load, compare logits with transformers', export and compare with the file, bit for bit."""
+    from safetensors.torch import load_file
+
+    from megatron_bridge.export import ExportBuffers, export_buckets
+    from megatron_bridge.mapping import check
+
+    hf_dir = root / case["model"]
+    layout, plan, chunks = build(rank, hf_dir, case["layout"])
+    result: dict[str, Any] = {"errors": check(plan.hf_config, layout, MULTIPLE)}
+    wanted = torch.load(root / f"{case['model']}.logits")
+    logits = forward(rank, layout, chunks, wanted.shape[-1])
+    if logits is not None:
+        result["difference"] = ((logits - wanted).abs().max() / wanted.abs().max()).item()
+    result["exported"] = 0
+    original = load_file(hf_dir / "model.safetensors")
+    dst, buffers = case.get("dst", 0), ExportBuffers()
+    for _ in range(2):  # the second time in the same memory
+        names = []
+        with export_buckets(plan, chunks, rank, dst, buffers=buffers) as stream:
+            for bucket in stream:
+                names += bucket.names
+                for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
+                    if not torch.equal(tensor, original[name]):
+                        result["errors"].append(f"exported {name} differs from the file")
+        if rank == dst and sorted(names) != sorted(original):
+            result["errors"].append(f"exported {names}")
+        result["exported"] = len(names)
+    if case.get("save"):
+        result |= save(rank, root, hf_dir, plan, chunks)
+    return result
+
+
+def save(rank: int, root: Path, hf_dir: Path, plan: Any, chunks: list[Any]) -> dict[str, Any]:
+    """save_hf, then again where it must fail, and an export that its consumer gives up."""
+    from megatron_bridge.export import export_buckets
+    from megatron_bridge.save import save_hf
+
+    out, outcome = root / "saved", {}
+    save_hf(plan, chunks, rank, out, hf_dir, max_file_bytes=40_000)
+    before = sorted(path.name for path in root.iterdir())
+    try:
+        save_hf(plan, chunks, rank, out, hf_dir)
+    except (ValueError, RuntimeError) as error:
+        outcome["second_save"] = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    if rank == 0:
+        outcome["left_over"] = [n for n in os.listdir(root) if n not in before]
+    with export_buckets(plan, chunks, rank) as stream:
+        if rank == 0:
+            next(stream)  # and gives up here
+        else:
+            next(stream, None)
+    dist.barrier()
+    outcome["survived"] = True
+    return outcome
