@@ -78,9 +78,14 @@ def start_run(config: RunConfig) -> int:
         print(f"drivetrain: run_dir={config.run_dir}: {error}", file=sys.stderr)
         return EXIT_FAILED
     if config.cluster.launcher == "slurm":
-        from framework.launch.slurm import submit
+        from framework.launch.slurm import SubmitError, submit
 
-        return submit(stages)
+        try:
+            print(f"drivetrain: {submit(stages)}")
+        except SubmitError as error:
+            print(f"drivetrain: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        return 0
     if config.cluster.launcher == "manual":
         from framework.launch.manual import describe_commands
 

@@ -18,12 +18,13 @@ from rollout.run_dir import RunDir
 
 PLAIN_INTERVAL_S = 2.0
 REFRESH_INTERVAL_S = 0.25
+LOGPROB_DIFF = "train/rollout_logprob_abs_diff_max"
 SHOWN = (  # label, key, format
     ("reward", "rollout/reward_mean", "{:.3f}"),
     ("accuracy", "rollout/accuracy", "{:.3f}"),
     ("held-out", "eval/accuracy", "{:.3f}"),
     ("loss", "train/loss", "{:.4f}"),
-    ("logprob diff", "train/rollout_logprob_abs_diff_max", "{:.1e}"),
+    ("logprob diff", LOGPROB_DIFF, "{:.1e}"),
     ("tokens/s", "perf/tokens_per_s", "{:.0f}"),
     ("s/step", "perf/step_time_s", "{:.2f}"),
 )
@@ -43,6 +44,15 @@ class RunHistory:
         self._reader = MetricsReader(run_dir.metrics)
         self._recent: deque[float] = deque(maxlen=20)
         self._last_arrival: float | None = None
+
+    def figures(self) -> list[tuple[str, str]]:
+        """What is worth showing now, as (label, text)."""
+        generated = "rollout/reward_mean" in self.latest  # else there is no engine to compare with
+        return [
+            (label, template.format(self.latest[key]))
+            for label, key, template in SHOWN
+            if key in self.latest and (generated or key != LOGPROB_DIFF)
+        ]
 
     def poll(self) -> list[dict[str, Any]]:
         """Take in the lines written since the last call; the new ones are returned."""
@@ -133,9 +143,7 @@ class ProgressView:
 
     def _line(self, history: RunHistory) -> str:
         parts = [f"step {history.steps_done}/{history.num_steps}"]
-        for label, key, template in SHOWN:
-            if key in history.latest:
-                parts.append(f"{label} {template.format(history.latest[key])}")
+        parts += [f"{label} {text}" for label, text in history.figures()]
         if history.seconds_left is not None:
             parts.append(f"{format_duration(history.seconds_left)} left")
         return "  ".join(parts)
@@ -161,7 +169,7 @@ class ProgressView:
             f"{format_duration(left)} left" if left is not None else "",
         )
         figures = Table.grid(padding=(0, 3))
-        shown = [item for item in SHOWN if item[1] in history.latest]
-        figures.add_row(*(Text(label, style="dim") for label, _, _ in shown))
-        figures.add_row(*(template.format(history.latest[key]) for _, key, template in shown))
+        shown = history.figures()
+        figures.add_row(*(Text(label, style="dim") for label, _ in shown))
+        figures.add_row(*(text for _, text in shown))
         return Group(head, bar, figures)

@@ -123,7 +123,7 @@ def _summary(config: RunConfig, run: RunDir) -> list[list[str]]:
         ["trainers", f"tp {parallel.tp} · pp {parallel.pp} · cp {parallel.cp} · dp {parallel.dp}"]
     )
     rollout = config.rollout
-    batch = f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt} samples"
+    batch = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples"
     summary.append(["batch", batch])
     summary.append(["algorithm", config.algorithm.name])
     summary.append(["task", config.data.task])

@@ -39,7 +39,7 @@ class ExpectedChecksums:
     """`add` every bucket of a push, then `compare` with each engine; `reset` before the next push.
 
     engine_tp: tensor-parallel ranks of an engine. dtype: what the engine holds its weights in.
-    engine_device: cpu | cuda, which decides how it hashes.
+    engine_device: cpu | cuda, which decides how it hashes and pads; by default where torch would run.
     """
 
     def __init__(
@@ -47,15 +47,16 @@ class ExpectedChecksums:
         hf_config: Mapping[str, Any],
         engine_tp: int,
         dtype: torch.dtype,
-        engine_device: str = "cpu",
+        engine_device: str = "",
     ) -> None:
+        engine_device = engine_device or ("cuda" if torch.cuda.is_available() else "cpu")
         if engine_device not in CHECKSUMS:
             raise ValueError(f"engine device is {engine_device!r}; it must be cpu or cuda")
         self._checksum = CHECKSUMS[engine_device]
         self._engine_tp = engine_tp
         self._dtype = dtype
         self._shapes = hf_shapes(hf_config)
-        self._targets = _targets(hf_config, engine_tp)
+        self._targets = _targets(hf_config, engine_tp, engine_device)
         self._wanted: dict[str, list[tuple[_Target, Box]]] = {name: [] for name in self._shapes}
         for target in self._targets:
             for box in target.view.boxes:
@@ -153,11 +154,11 @@ class ExpectedChecksums:
         return differences + [f"engine rank {rank}: {name} is not expected" for name in extra]
 
 
-def _targets(hf_config: Mapping[str, Any], engine_tp: int) -> list[_Target]:
+def _targets(hf_config: Mapping[str, Any], engine_tp: int, device: str) -> list[_Target]:
     """Every engine parameter; ranks that hold the same part of it share one target."""
     targets: dict[tuple[str, View], _Target] = {}
     for rank in range(engine_tp):
-        for name, view in engine_views(hf_config, engine_tp, rank).items():
+        for name, view in engine_views(hf_config, engine_tp, rank, device).items():
             target = targets.setdefault((name, view), _Target(name, view, []))
             target.ranks.append(rank)
     return list(targets.values())

@@ -22,6 +22,8 @@ from megatron_bridge.views import Box, Index, View, fill_errors, ref, tiling_err
 Views = dict[tuple[int, str], View]
 """(model chunk, parameter name) -> view."""
 
+ENGINE_CPU_FFN_MULTIPLE = 32
+
 VOCAB_SECTIONS = frozenset({Section.EMBEDDING, Section.OUTPUT, Section.TIED_OUTPUT})
 """Sections whose parameters end in padding rows."""
 
@@ -97,14 +99,22 @@ def rank_views(
     return views
 
 
-def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int) -> dict[str, View]:
-    """What rank `rank` of an SGLang server with `tp` tensor-parallel ranks holds, by its names."""
+def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) -> dict[str, View]:
+    """What rank `rank` of an SGLang server with `tp` tensor-parallel ranks holds, by its names.
+
+    device: cpu | cuda. SGLang 0.5.23 pads widths on a CPU (`srt/configs/update_config.py`) and
+    cannot repeat KV heads there.
+    """
     model = describe(hf_config)
-    if model.shape.num_heads % tp:
+    shape = model.shape
+    fits = shape.num_kv_heads % tp == 0 or (device != "cpu" and tp % shape.num_kv_heads == 0)
+    if shape.num_heads % tp or not fits:
         raise ValueError(
-            f"rollout.engine.tp={tp} does not divide the model's {model.shape.num_heads} heads"
+            f"rollout.engine.tp={tp}: SGLang on {device} cannot cut {shape.num_heads} heads with "
+            f"{shape.num_kv_heads} KV heads into {tp} parts"
         )
-    place = Place(shape=model.shape, tp=tp, tp_rank=rank, vocab_multiple=1)
+    multiple = ENGINE_CPU_FFN_MULTIPLE if device == "cpu" else 1
+    place = Place(shape=shape, tp=tp, tp_rank=rank, ffn_multiple=multiple)
     rows = model.architecture.engine_rows
     views: dict[str, View] = {}
     for section in (Section.EMBEDDING, Section.FINAL, Section.OUTPUT):

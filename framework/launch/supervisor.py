@@ -82,7 +82,9 @@ class Supervisor:
         """
         role.log.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, **role.env, LAUNCHER_PID: str(os.getpid())}
-        with role.log.open("ab") as log:
+        # Owner only: SGLang prints its arguments, and the run's token is one of them.
+        descriptor = os.open(role.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "ab") as log:
             try:
                 process = subprocess.Popen(
                     role.command,

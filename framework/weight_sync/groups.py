@@ -26,10 +26,10 @@ def join_update_group(
     Blocks until all members are there, at most timeout_s.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    store, rank, world_size = next(
-        dist.rendezvous(f"tcp://{address}:{port}", rank, world_size, timeout=timeout)
+    # Not dist.rendezvous: under torchrun that would make rank 0 a client of the agent's own store.
+    store = dist.TCPStore(
+        address, port, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True
     )
-    store.set_timeout(timeout)
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,

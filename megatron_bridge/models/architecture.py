@@ -69,8 +69,10 @@ class Place:
     shape: ModelShape
     tp: int
     tp_rank: int
-    vocab_multiple: int
-    """Padded vocabularies are a multiple of this times tp (SGLang: see `engine_vocab`)."""
+    vocab_multiple: int = 1
+    """Megatron's padded vocabularies are a multiple of this times tp."""
+    ffn_multiple: int = 1
+    """SGLang's padded feed-forward widths are a multiple of this times tp."""
 
 
 Rule = Callable[..., View]
@@ -170,6 +172,21 @@ def engine_qkv(place: Place, q: View, k: View, v: View) -> View:
     units = place.shape.num_kv_heads
     kv = (shard_replicated(x, 0, place.tp, place.tp_rank, units) for x in (k, v))
     return concat(0, [shard(q, 0, place.tp, place.tp_rank), *kv])
+
+
+def _padded_ffn(place: Place, tensor: View, dim: int) -> View:
+    step = place.ffn_multiple * place.tp
+    return pad(tensor, dim, -(-tensor.shape[dim] // step) * step)
+
+
+def engine_gated(place: Place, gate: View, up: View) -> View:
+    """SGLang: each of gate and up is padded, then cut, then the two parts are concatenated."""
+    return concat(0, [column(place, _padded_ffn(place, x, 0)) for x in (gate, up)])
+
+
+def engine_down(place: Place, tensor: View) -> View:
+    """SGLang: padded along the feed-forward width, then cut along it."""
+    return row(place, _padded_ffn(place, tensor, 1))
 
 
 ENGINE_VOCAB_PADDING = 64

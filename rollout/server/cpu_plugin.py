@@ -8,8 +8,12 @@ Delete a hook when SGLang supports device=cpu there itself; the version below is
 """
 
 import importlib.metadata
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from rollout.server import cpu_invariant
 
 SGLANG_VERSION = "0.5.23"
 
@@ -35,19 +39,30 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     add_deterministic_attention_backend_choices(["torch_native"])
-    for target, replacement in _replacements().items():
-        HookRegistry.register(target, replacement, HookType.REPLACE)
+    for target, (kind, hook) in _hooks().items():
+        HookRegistry.register(target, hook, HookType(kind))
 
 
-def _replacements() -> dict:
-    from rollout.server import cpu_deterministic
+def _hooks() -> dict[str, tuple[str, Callable]]:
+    """What is hooked: (HookType, ours) by the dotted name of SGLang's own."""
+    from rollout.server import cpu_attention, cpu_sampling
 
+    attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
     return {
-        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode": (
-            cpu_deterministic.enable_batch_invariant_mode
-        ),
-        "sglang.srt.layers.sampler.murmur_hash32": cpu_deterministic.murmur_hash32,
+        f"{runner}.maybe_enable_batch_invariant_mode": ("replace", _enable_batch_invariant_mode),
+        f"{attention}._run_sdpa_forward_decode": ("around", cpu_attention.run_decode),
+        f"{attention}._run_sdpa_forward_extend": ("around", cpu_attention.run_extend),
+        "sglang.srt.layers.sampler.murmur_hash32": ("replace", cpu_sampling.murmur_hash32),
     }
+
+
+def _enable_batch_invariant_mode(model_runner: Any) -> None:
+    """Called once by every model runner, before it computes anything."""
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().deterministic.enable_deterministic_inference:
+        cpu_invariant.enable()
 
 
 def check_hooks() -> None:
@@ -56,5 +71,5 @@ def check_hooks() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    if missing := sorted(set(_replacements()) - HookRegistry._patched):
+    if missing := sorted(set(_hooks()) - HookRegistry._patched):
         raise RuntimeError(f"SGLang did not apply the CPU hooks {missing}; see its log above")

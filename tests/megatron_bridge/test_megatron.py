@@ -92,7 +92,7 @@ def test_export_gives_back_the_file_bit_for_bit(outcome, name):
     """True of the wrong rules as well: a round trip is no evidence of a right layout."""
     results = outcome[1][name]
     assert [error for result in results for error in result["errors"]] == []
-    assert sum(result["exported"] for result in results) > 40
+    assert sum(result["exported"] for result in results) >= 38
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -1,4 +1,4 @@
-"""Deterministic inference on a CPU: the seeded sampler's hash, and batch-invariant arithmetic."""
+"""The seeded sampler's hash in torch: upstream it is a Triton kernel."""
 
 import torch
 
@@ -25,7 +25,3 @@ def murmur_hash32(
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _M
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _M
     return h ^ (h >> 16)
-
-
-def enable_batch_invariant_mode(model_runner) -> None:
-    """Replaces ModelRunner.maybe_enable_batch_invariant_mode."""
