@@ -94,6 +94,8 @@ class Trainer:
             lr = self.learning_rate(batch.step * len(updates) + i)
             figures.append(self.runner.update(microbatches, self.loss, self.loss_config, lr))
         metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+        if self.config.stage == "sft":  # no engine wrote these tokens
+            return {k: v for k, v in metrics.items() if "rollout" not in k} | {"train/lr": lr}
         # Later updates see a policy that has moved on: only the first compares like with like.
         for name in ("max", "mean"):
             key = f"train/rollout_logprob_abs_diff_{name}"

@@ -16,8 +16,6 @@ from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
-# Where |policy - rollout| is compared, only tokens the policy wrote count.
-SUMS = ("loss", "entropy", "tokens", "rollout_diff")
 
 
 @dataclass
@@ -159,17 +157,13 @@ def reduce_figures(reports: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[s
     source = mesh.layout.rank(pp=mesh.layout.pp - 1)
     dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     names = box[0]
-    sums = torch.zeros(len(names), dtype=torch.float64)
+    sums, largest = torch.zeros(len(names), dtype=torch.float64), torch.zeros(1)
     if mesh.reports:
-        for report in reports:
-            values = torch.stack([report[name] for name in names]).double().cpu()
-            peak = names.index("rollout_diff_max")
-            values[peak], sums[peak] = 0.0, max(sums[peak], values[peak])
-            sums += values
-    peak = names.index("rollout_diff_max")
-    largest = sums[peak].clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        table = torch.stack([torch.stack([each[name] for name in names]) for each in reports])
+        sums = table.double().sum(0).cpu()
+        largest = table[:, names.index("rollout_diff_max")].max()[None].cpu()
     dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     totals = dict(zip(names, sums.tolist(), strict=True))
     tokens = max(1.0, totals["tokens"])
     figures = {
@@ -177,7 +171,7 @@ def reduce_figures(reports: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[s
         "train/tokens": totals["tokens"],
         "train/entropy": totals["entropy"] / tokens,
         "train/rollout_logprob_abs_diff_mean": totals["rollout_diff"] / tokens,
-        "train/rollout_logprob_abs_diff_max": float(largest),
+        "train/rollout_logprob_abs_diff_max": largest.item(),
     }
     for name, value in totals.items():
         if name.startswith("loss/"):
