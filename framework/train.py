@@ -63,16 +63,19 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     logger = None
     if mesh.rank == 0:
         logger = MetricsLogger(run_dir.path, tensorboard=config.tracker.tensorboard)
+    sync = weight_sync(config, run_dir, mesh.rank, policy, plan) if live else None
     trainer = Trainer(
         config=config,
         mesh=mesh,
         policy=policy,
         source=source,
-        sync=weight_sync(config, run_dir, mesh.rank, policy, plan) if live else None,
+        sync=sync,
         logger=logger,
     )
     trainer.train()
     save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
+    if sync is not None:
+        sync.close()
     if logger is not None:
         source.finish()
         logger.close()

@@ -39,7 +39,7 @@ class ExpectedChecksums:
     """`add` every bucket of a push, then `compare` with each engine; `reset` before the next push.
 
     engine_tp: tensor-parallel ranks of an engine. dtype: what the engine holds its weights in.
-    engine_device: cpu | cuda, which decides how it hashes and pads; by default where torch would run.
+    engine_device: cpu | cuda, decides how it hashes and pads; default: cuda where torch has it.
     """
 
     def __init__(

@@ -122,7 +122,7 @@ def load_hf(
         views = rank_views(checkpoint.config, layout, coords, spec, vocab_pad_multiple)
         check_model(chunks, views, model.shape.num_layers, layout, coords)
         if model.shape.tied and OUTPUT in checkpoint.tensors:
-            _check_tied(checkpoint, views)
+            check_tied(checkpoint, views)
         for key, parameter in parameters(chunks).items():
             copy_in(views[key], checkpoint.read, parameter)
 
@@ -142,7 +142,7 @@ def _check_same(found: ModelDescription, wanted: ModelDescription, path: Path) -
         raise ValueError(f"{path} holds another model: " + "; ".join(errors))
 
 
-def _check_tied(checkpoint: HfCheckpoint, views: Views) -> None:
+def check_tied(checkpoint: HfCheckpoint, views: Views) -> None:
     """A tied checkpoint may repeat its embedding as lm_head.weight; then both must be equal."""
     for view in views.values():
         for box in view.boxes:

@@ -155,6 +155,7 @@ def check(
     model = describe(hf_config)
     errors = _row_errors(model, model.architecture.rows)
     errors += _row_errors(model, model.architecture.engine_rows)
+    errors += _head_errors(model, layout.tp)
     errors += _layer_errors(model, layout)
     errors += _section_errors(model, layout, vocab_pad_multiple)
     if found is not None:
@@ -168,6 +169,17 @@ def _row_errors(model: ModelDescription, rows: tuple[Row, ...]) -> list[str]:
     known = {t.name for t in model.architecture.tensors}
     errors = [f"tensor {n} is mapped {used[n]} times, not once" for n in known if used[n] != 1]
     return sorted(errors + [f"mapped tensor {n} is not in the table" for n in used.keys() - known])
+
+
+def _head_errors(model: ModelDescription, tp: int) -> list[str]:
+    """Attention that megatron-core cannot cut over `tp` ranks."""
+    heads, kv_heads = model.shape.num_heads, model.shape.num_kv_heads
+    errors = []
+    if heads % tp:
+        errors.append(f"parallel.tp={tp} does not divide num_attention_heads = {heads}")
+    if kv_heads % tp and tp % kv_heads:
+        errors.append(f"parallel.tp={tp} and num_key_value_heads = {kv_heads} do not divide")
+    return errors
 
 
 def _layer_errors(model: ModelDescription, layout: Layout) -> list[str]:

@@ -137,7 +137,7 @@ def _trainer(config: RunConfig) -> str:
     command = trainer_command(config.run_dir, config.parallel.world_size // nodes, rendezvous)
     # The job knows its head node and number only when it runs.
     at = command.index("c10d") + 1
-    dynamic = f'--rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$SLURM_JOB_ID-{_one_line(config.stage)}"'
+    dynamic = f'--rdzv-endpoint "$MEET:$PORT" --rdzv-id "$SLURM_JOB_ID-{_one_line(config.stage)}"'
     return f"{shlex.join(command[:at])} {dynamic} \\\n    {shlex.join(command[at:])}"
 
 

@@ -19,6 +19,7 @@ import importlib.util
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,8 @@ def install() -> None:
             f"megatron-core {found} is installed; its CPU support here is proven for "
             f"{MEGATRON_VERSION} only: install megatron-core=={MEGATRON_VERSION}"
         )
+    # megatron-core warns at import that apex and Transformer Engine are missing: here they must be.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     _patch_cuda()
     _patch_factories()
     _patch_tensor_type()

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,6 @@ def build_policy(
     Args:
         load_weights: called with the bare chunks before the optimizer copies their parameters.
     """
-    warnings.filterwarnings("ignore", module="megatron")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     config = transformer_config(hf_config, model, parallel)
     chunks = build_chunks(hf_config, config, model.vocab_pad_multiple)

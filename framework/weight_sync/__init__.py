@@ -66,6 +66,12 @@ class WeightSync:
         end = time.perf_counter()
         return PushReport(size_bytes=size, time_s=end - start, verify_s=end - sent)
 
+    def close(self) -> None:
+        """The run is over: leave the engines to themselves, at the version they have."""
+        self._transport.close(self._engines)
+        if self._engines is not None:
+            self._engines.close()
+
     def _compare(self, version: int, verifier: ExpectedChecksums) -> None:
         assert self._engines is not None
         replies = self._engines.checksums()

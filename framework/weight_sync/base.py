@@ -48,6 +48,10 @@ class Transport(Protocol):
         """
         ...
 
+    def close(self, engines: Engines | None) -> None:
+        """Let go of what is held for the engines; the last call."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class PushReport:

@@ -48,3 +48,8 @@ class DiskPush:
             if older != directory:
                 shutil.rmtree(older)
         return size
+
+    def close(self, engines: Engines | None) -> None:
+        """Delete what was written for the engines."""
+        if engines is not None:
+            shutil.rmtree(self.context.scratch_dir, ignore_errors=True)

@@ -1,6 +1,8 @@
 """Weights to the engines over a process group: one flat broadcast per bucket, gloo or NCCL."""
 
+import secrets
 import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,15 +13,15 @@ from framework.weight_sync.groups import join_update_group
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import export_buckets
 
-GROUP = "drivetrain_weights"
-
 
 class DistributedPush:
     """The trainers assemble each bucket on rank 0, which broadcasts it to all engine ranks."""
 
     def __init__(self, context: PushContext) -> None:
         self.context = context
-        self._group = None
+        self._group: Any = None
+        # An engine outlives trainers that restart, and forgets no group name.
+        self._name = f"drivetrain_{secrets.token_hex(4)}"
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
 
     def send(
@@ -40,7 +42,7 @@ class DistributedPush:
                     "names": list(bucket.names),
                     "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
                     "shapes": [list(shape) for shape in bucket.shapes],
-                    "group_name": GROUP,
+                    "group_name": self._name,
                     "load_format": "flattened_bucket",
                     "flush_cache": last and context.flush_cache,
                     "abort_all_requests": False,
@@ -56,6 +58,13 @@ class DistributedPush:
             engines.post("/end_weight_update", {})
         return size
 
+    def close(self, engines: Engines | None) -> None:
+        """Leave the group, on both sides."""
+        if engines is not None and self._group is not None:
+            engines.post("/destroy_weights_update_group", {"group_name": self._name})
+            dist.destroy_process_group(self._group)
+            self._group = None
+
     def _connect(self, engines: Engines) -> None:
         tp = self.context.engine_tp
         world = 1 + tp * len(engines.urls)
@@ -68,7 +77,7 @@ class DistributedPush:
                     "master_port": port,
                     "rank_offset": 1 + tp * k,
                     "world_size": world,
-                    "group_name": GROUP,
+                    "group_name": self._name,
                     "backend": self._backend,
                 }
                 for k in range(len(engines.urls))
@@ -79,7 +88,7 @@ class DistributedPush:
             port,
             rank=0,
             world_size=world,
-            name=GROUP,
+            name=self._name,
             backend=self._backend,
             timeout_s=engines.timeout_s,
         )

@@ -15,7 +15,7 @@ import torch
 
 from rollout.server import cpu_invariant
 
-BLOCK = 64
+BLOCK = 32
 """Positions whose queries share one number of keys."""
 
 _MAX_KEY_ELEMENTS = 1 << 24
@@ -128,8 +128,8 @@ def _attend_runs(
     # Heads that share a key head become rows of one product: [n * kv_heads, m * group, d].
     queries = query[rows].unflatten(2, (num_kv_heads, num_heads // num_kv_heads))
     queries = queries.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).float()
-    keys = k_cache[slots].transpose(1, 2).flatten(0, 1).float()  # [n * kv_heads, keys, d]
-    values = v_cache[slots].transpose(1, 2).flatten(0, 1).float()
+    keys = _gather(k_cache, slots)  # [n * kv_heads, keys, d]
+    values = _gather(v_cache, slots)
     least_rows = _least_rows(keys.shape[2], values.shape[2], num_keys)
     scores = _product(queries, keys.transpose(1, 2), least_rows) * scale
 
@@ -154,6 +154,16 @@ def _key_slots(req_to_token: torch.Tensor, runs: QueryBlocks, num_keys: int) -> 
     slots = torch.nn.functional.pad(slots, (0, num_keys - width))
     seen = torch.arange(num_keys) < (runs.position + runs.count)[:, None]
     return torch.where(seen, slots, slots[:, :1])
+
+
+def _gather(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Cache [slots, kv_heads, d] at [n, keys] -> [n * kv_heads, keys, d] float32."""
+    num_kv_heads, size = cache.shape[1:]
+    heads = torch.arange(num_kv_heads)[:, None]
+    rows = (slots[:, None] * num_kv_heads + heads).flatten()
+    # Whole rows of d, already in their final order: one pass over memory, no transposed copy.
+    gathered = cache.view(-1, size).index_select(0, rows)
+    return gathered.view(-1, slots.shape[1], size).float()
 
 
 def _least_rows(key_size: int, value_size: int, num_keys: int) -> int:

@@ -53,3 +53,29 @@ def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
         model.save_pretrained(path)
         return model(TOKENS).logits
+
+
+def patterned(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """fp32 weights by a formula: the same under every version of torch, no two tensors alike."""
+    tensors = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        values = torch.arange(torch.Size(shape).numel()) * 31 + number * 7
+        tensors[name] = ((values % 1009).float() / 512 - 1).reshape(shape)
+    return tensors
+
+
+def create_patterned_model(name: str, path: Path, **sizes: Any) -> dict[str, torch.Tensor]:
+    """Save model `name` with patterned weights under `path`; returns them."""
+    import transformers
+    from safetensors.torch import save_file
+
+    from megatron_bridge.mapping import hf_shapes
+
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, **sizes}, **settings, architectures=[f"{family}ForCausalLM"]
+    )
+    config.save_pretrained(path)
+    tensors = patterned(hf_shapes(config.to_dict()))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return tensors

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib
 import json
 import os
 import traceback
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from bridge_models import TOKENS
 
 WORLD = 4
@@ -65,12 +65,12 @@ def plant_wrong_rule(which: str) -> None:
 
 def build(rank: int, hf_dir: Path, sizes: dict[str, int]) -> tuple[Any, Any, list[Any]]:
     """The layout, its plan and this rank's loaded model chunks."""
-    import framework.megatron  # noqa: F401  prepares megatron-core for the CPU
-    from framework.config import ModelConfig, ParallelConfig
-    from framework.megatron.model import build_chunks, transformer_config
+    importlib.import_module("framework.megatron")  # prepares megatron-core for the CPU
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from framework.config import ModelConfig, ParallelConfig
+    from framework.megatron.model import build_chunks, transformer_config
     from megatron_bridge.export_plan import ExportPlan
     from megatron_bridge.hf_checkpoint import read_config
     from megatron_bridge.layout import Layout

@@ -1,0 +1,117 @@
+"""Checksums against SGLang's own, recorded from real SGLang 0.5.23 servers.
+
+checksums_*.json hold what /weights_checker answered when a server had loaded the patterned model
+(CPU, --tp 1 and 2, one layer): they pin names, layout, padding, type and hash. The checksums of GPU
+tensors come from SGLang's Triton kernel `gpu_tensor_hash`, run by Triton's interpreter.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bridge_models import create_patterned_model
+
+from megatron_bridge.checksum import ExpectedChecksums
+from megatron_bridge.export import Bucket
+from megatron_bridge.hf_checkpoint import read_config
+from megatron_bridge.mapping import engine_views
+from megatron_bridge.tensor_hash import gpu_checksum
+
+RECORDED = sorted(Path(__file__).parent.glob("checksums_*.json"))
+
+
+def bucket_of(tensors):
+    flat = torch.cat([t.flatten() for t in tensors.values()]).view(torch.uint8)
+    return Bucket(
+        names=list(tensors),
+        dtypes=[t.dtype for t in tensors.values()],
+        shapes=[tuple(t.shape) for t in tensors.values()],
+        flat=flat,
+        tensors=list(tensors.values()),
+    )
+
+
+@pytest.fixture(params=RECORDED, ids=lambda path: path.stem)
+def recorded(request, tmp_path):
+    """What a server answered, the weights that it had loaded, and an ExpectedChecksums for it."""
+    record = json.loads(request.param.read_text())
+    tensors = create_patterned_model(record["model"], tmp_path, num_hidden_layers=1)
+    dtype = getattr(torch, record["dtype"])
+    config = read_config(tmp_path)
+    return record["reply"], tensors, ExpectedChecksums(config, record["engine_tp"], dtype, "cpu")
+
+
+def test_equal_weights_equal_sglangs_own_checksums(recorded):
+    reply, tensors, expected = recorded
+    for name, tensor in tensors.items():
+        expected.add(bucket_of({name: tensor}))
+    assert expected.compare(reply) == []
+
+
+def test_one_changed_weight_is_named(recorded):
+    reply, tensors, expected = recorded
+    name = "model.layers.0.self_attn.k_proj.weight"
+    tensors[name][-1, -1] += 1.0
+    expected.add(bucket_of(tensors))
+    differences = expected.compare(reply)
+    assert differences
+    assert all("qkv_proj" in line and name in line for line in differences)
+    tensors[name][-1, -1] -= 1.0
+    expected.reset()
+    expected.add(bucket_of(tensors))
+    assert expected.compare(reply) == []
+
+
+def test_missing_extra_and_silent_are_named(recorded):
+    reply, tensors, expected = recorded
+    expected.add(bucket_of(tensors))
+    broken = copy.deepcopy(reply)
+    checksums = broken["ranks"][0]["checksums"]
+    checksums["extra.weight"] = checksums.pop("model.norm.weight")
+    text = "\n".join(expected.compare(broken))
+    assert "model.norm.weight is missing" in text
+    assert "extra.weight is not expected" in text
+    assert "no checksums" in expected.compare({"success": False, "message": "busy"})[0]
+    assert expected.compare({"success": True, "ranks": []})
+    assert expected.compare({"success": True, "ranks": reply["ranks"][1:]})
+    assert expected.compare({"success": True, "ranks": [{"checksums": {}}]})
+
+
+def test_an_incomplete_or_foreign_push_is_refused(recorded):
+    reply, tensors, expected = recorded
+    first = next(iter(tensors))
+    expected.add(bucket_of({first: tensors[first]}))
+    with pytest.raises(ValueError, match="never added"):
+        expected.compare(reply)
+    with pytest.raises(ValueError, match=f"{first} was pushed twice"):
+        expected.add(bucket_of({first: tensors[first]}))
+    with pytest.raises(ValueError, match=r"other\.weight is not one of"):
+        expected.add(bucket_of({"other.weight": tensors[first]}))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape"):
+        expected.add(bucket_of({"model.norm.weight": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize(
+    ("numel", "dtype", "checksum"),
+    [
+        (1, torch.float32, "3bfbe10db02c7397"),
+        (3, torch.bfloat16, "d3bbe2294db3e10b"),
+        (8192, torch.float32, "fb4e4986d1e3c130"),
+        (8193, torch.bfloat16, "f58e9cf3d8e323b7"),
+        (20000, torch.float32, "c2836a7bfd927f97"),
+    ],
+)
+def test_gpu_checksum_equals_sglangs_triton_kernel(numel, dtype, checksum):
+    assert gpu_checksum((torch.arange(numel) % 1009).to(dtype) / 8 - 3) == checksum
+
+
+def test_engine_tp_that_sglang_cannot_serve_is_refused(tmp_path):
+    create_patterned_model("qwen3_tied", tmp_path, num_hidden_layers=1)
+    config = read_config(tmp_path)
+    with pytest.raises(ValueError, match=r"rollout\.engine\.tp=4"):
+        engine_views(config, 4, 0, "cpu")  # 2 KV heads
+    assert engine_views(config, 4, 0, "cuda")
+    with pytest.raises(ValueError, match=r"rollout\.engine\.tp=3"):
+        engine_views(config, 3, 0, "cuda")

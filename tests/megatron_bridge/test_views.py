@@ -1,0 +1,142 @@
+"""Properties of the algebra and of the tables, on plain tensors, under random layouts."""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_bridge.export_plan import ExportPlan
+from megatron_bridge.layout import Coords, Layout
+from megatron_bridge.mapping import check, engine_views, hf_shapes, rank_views
+from megatron_bridge.models.architecture import Spec
+from megatron_bridge.views import copy_in, tiling_errors
+
+FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def cases(draw):
+    """(config.json, layout, spec, vocabulary multiple): all divides, nothing else is tame."""
+    tp = draw(st.sampled_from([1, 2, 4, 8]))
+    pp = draw(st.sampled_from([1, 2, 4]))
+    vpp = draw(st.sampled_from([1, 2])) if pp > 1 else 1
+    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 4])) * (8 if tp > kv_heads else 2)
+    config = {
+        "architectures": [draw(st.sampled_from(["Qwen3ForCausalLM", "LlamaForCausalLM"]))],
+        "num_hidden_layers": pp * vpp * draw(st.sampled_from([1, 2])),
+        "hidden_size": 8,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([8, 16])),
+        "intermediate_size": 8 * draw(st.sampled_from([1, 3])),
+        "vocab_size": draw(st.integers(3, 70)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    layout = Layout(tp=tp, pp=pp, vpp=vpp, dp=draw(st.sampled_from([1, 2])))
+    return config, layout, draw(st.sampled_from(list(Spec))), draw(st.sampled_from([1, 4, 128]))
+
+
+def random_weights(config):
+    """Every weight a random bit pattern, so that any misplaced element shows."""
+    return {
+        name: torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+        for name, shape in hf_shapes(config).items()
+    }
+
+
+def load_all(config, layout, spec, multiple, weights):
+    """What every rank holds after loading; padding starts as rubbish."""
+    ranks = []
+    for rank in range(layout.world_size):
+        held = {}
+        views = rank_views(config, layout, layout.coords(rank), spec, multiple)
+        for key, view in views.items():
+            held[key] = torch.full(view.shape, 123456789, dtype=torch.int32)
+            copy_in(view, lambda box: weights[box.name][box.source], held[key])
+        ranks.append((views, held))
+    return ranks
+
+
+@FAST
+@given(cases())
+def test_load_then_export_gives_back_every_bit(case):
+    config, layout, spec, multiple = case
+    assert check(config, layout, multiple) == []
+    weights = random_weights(config)
+    ranks = load_all(config, layout, spec, multiple, weights)
+    plan = ExportPlan(
+        hf_config=config,
+        layout=layout,
+        spec=spec,
+        dtype=torch.float32,
+        vocab_pad_multiple=multiple,
+        bucket_bytes=2000,
+    )
+    exported = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    filled = dict.fromkeys(weights, 0)
+    for bucket in plan.buckets:
+        assert len(bucket.tensors) == 1 or bucket.size_bytes <= 2000
+        for tensor in bucket.tensors:
+            for piece in tensor.pieces:
+                box = piece.box
+                source = ranks[piece.rank][1][piece.chunk, piece.parameter][box.local]
+                exported[box.name][box.source].copy_(source)
+                filled[box.name] += box.numel
+                assert layout.coords(piece.rank).dp == 0
+    assert [entry[0] for entry in plan.entries] == list(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(exported[name], tensor)
+        assert filled[name] == tensor.numel()  # no byte travels twice
+
+
+@FAST
+@given(cases())
+def test_every_rank_holds_its_boxes_and_zeros_beside_them(case):
+    config, layout, spec, multiple = case
+    weights = random_weights(config)
+    for views, held in load_all(config, layout, spec, multiple, weights):
+        for key, view in views.items():
+            rest = held[key].clone()
+            for box in view.boxes:
+                assert torch.equal(held[key][box.local], weights[box.name][box.source])
+                rest[box.local] = 0
+            assert not rest.any()
+
+
+@FAST
+@given(cases(), st.sampled_from([1, 2, 4]))
+def test_engine_ranks_hold_every_weight(case, engine_tp):
+    config = case[0]
+    kv_heads = config["num_key_value_heads"]
+    if config["num_attention_heads"] % engine_tp or (kv_heads % engine_tp and engine_tp % kv_heads):
+        return
+    boxes: dict = {}
+    for rank in range(engine_tp):
+        for view in engine_views(config, engine_tp, rank, "cuda").values():
+            for box in view.boxes:
+                boxes.setdefault(box.name, []).append((box.start, box.size))
+    for name, shape in hf_shapes(config).items():
+        assert tiling_errors(name, shape, boxes[name]) == []
+
+
+def test_tiling_check_sees_holes_overlaps_and_boxes_outside():
+    whole = [((0, 0), (2, 3)), ((2, 0), (2, 3))]
+    assert tiling_errors("w", (4, 3), whole) == []
+    assert tiling_errors("w", (4, 3), [*whole, whole[0]]) == []  # a replica
+    assert "6 of 12 elements" in tiling_errors("w", (4, 3), whole[:1])[0]
+    assert "overlap" in tiling_errors("w", (4, 3), [*whole, ((1, 1), (2, 1))])[0]
+    assert "outside" in tiling_errors("w", (4, 3), [((2, 0), (3, 3))])[0]
+
+
+def test_ranks_are_numbered_as_megatron_numbers_them():
+    """Megatron's default order tp-cp-ep-dp-pp; expert ranks count etp, ep, then data parallel."""
+    layout = Layout(tp=2, cp=2, dp=4, pp=2, ep=4, etp=2)
+    assert layout.coords(0) == Coords()
+    assert layout.coords(1) == Coords(tp=1, etp=1)
+    assert layout.coords(2) == Coords(cp=1, ep=1)
+    assert layout.coords(4) == Coords(dp=1, ep=2)
+    assert layout.coords(8) == Coords(dp=2, ep=0)
+    assert layout.coords(16 + 3) == Coords(pp=1, tp=1, cp=1, ep=1, etp=1)
+    for rank in range(layout.world_size):
+        c = layout.coords(rank)
+        assert layout.rank(tp=c.tp, cp=c.cp, dp=c.dp, pp=c.pp) == rank

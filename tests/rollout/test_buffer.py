@@ -1,0 +1,136 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pytest
+
+from rollout.buffer import BufferState, DataBuffer, Lease
+from rollout.types import Group
+from rollout.wire import decode, encode
+
+
+def group(lease: Lease) -> Group:
+    return Group(group_id=lease.group_id, start_version=lease.start_version, samples=[])
+
+
+def lease_all(buffer: DataBuffer) -> list[Lease]:
+    leases = []
+    while (lease := buffer.lease()) is not None:
+        leases.append(lease)
+    return leases
+
+
+def test_nothing_starts_before_the_first_version():
+    buffer = DataBuffer(groups_per_step=2, max_staleness_steps=3)
+    assert buffer.lease() is None
+    buffer.publish(0)
+    assert len(lease_all(buffer)) == 2 * 4
+
+
+def test_on_policy_batches_are_exactly_the_groups_of_their_version():
+    buffer = DataBuffer(groups_per_step=3, max_staleness_steps=0)
+    for version in range(3):
+        assert buffer.take() is None
+        buffer.publish(version)
+        leases = lease_all(buffer)
+        for lease in reversed(leases):  # completion order does not matter
+            assert buffer.take() is None
+            buffer.accept(group(lease))
+        batch = buffer.take()
+        assert [g.group_id for g in batch] == [3 * version, 3 * version + 1, 3 * version + 2]
+
+
+def test_a_newer_group_does_not_pass_an_older_one_that_would_then_be_too_late():
+    # One group a step, two steps of slack: groups 0 and 1 are slow. Taking 2 at step 0 is fine;
+    # taking 3 at step 1 would leave both for step 2, where only one of them fits.
+    buffer = DataBuffer(groups_per_step=1, max_staleness_steps=2)
+    buffer.publish(0)
+    slow_0, slow_1, quick = lease_all(buffer)
+    buffer.accept(group(quick))
+    assert [g.group_id for g in buffer.take()] == [2]
+    buffer.publish(1)
+    (newer,) = lease_all(buffer)
+    buffer.accept(group(newer))
+    assert buffer.take() is None
+    assert buffer.blockers() == [0, 1]
+    buffer.accept(group(slow_1))
+    assert [g.group_id for g in buffer.take()] == [1]
+    buffer.publish(2)
+    buffer.accept(group(slow_0))
+    assert [g.group_id for g in buffer.take()] == [0]
+
+
+def test_no_more_groups_start_than_the_run_can_train():
+    buffer = DataBuffer(groups_per_step=2, max_staleness_steps=5, num_steps=3)
+    buffer.publish(0)
+    assert len(lease_all(buffer)) == 6
+
+
+@pytest.mark.parametrize("misuse", ["twice", "unknown", "version"])
+def test_misuse_is_refused(misuse):
+    buffer = DataBuffer(groups_per_step=2, max_staleness_steps=0)
+    buffer.publish(0)
+    lease = buffer.lease()
+    if misuse == "twice":
+        buffer.accept(group(lease))
+    elif misuse == "unknown":
+        lease = Lease(group_id=9, start_version=0)
+    else:
+        lease = Lease(group_id=lease.group_id, start_version=1)
+    with pytest.raises(ValueError, match="group"):
+        buffer.accept(group(lease))
+    with pytest.raises(ValueError, match="published after"):
+        buffer.publish(-1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    groups_per_step=st.integers(1, 4),
+    eta=st.integers(0, 4),
+    num_steps=st.integers(1, 8),
+    choices=st.randoms(use_true_random=False),
+)
+def test_bound_kept_nothing_lost_or_doubled_no_deadlock(groups_per_step, eta, num_steps, choices):
+    """A trainer and generators of arbitrary speed, with restarts from saved state in between."""
+
+    def fresh() -> DataBuffer:
+        return DataBuffer(
+            groups_per_step=groups_per_step, max_staleness_steps=eta, num_steps=num_steps
+        )
+
+    buffer = fresh()
+    running: list[Lease] = []
+    trained: list[Group] = []
+    step, version = 0, 0
+    buffer.publish(0)
+    idle = 0
+    while step < num_steps:
+        idle += 1
+        assert idle < 2000, f"deadlock at step {step}: {buffer.state_dict()}"
+        action = choices.choice(("lease", "finish", "finish", "take", "give_back", "restart"))
+        if action == "lease" and (lease := buffer.lease()) is not None:
+            running.append(lease)
+        elif action == "finish" and running:
+            buffer.accept(group(running.pop(choices.randrange(len(running)))))
+        elif action == "give_back" and running and choices.random() < 0.3:
+            buffer.give_back(running.pop(choices.randrange(len(running))).group_id)
+        elif action == "restart" and choices.random() < 0.3:
+            state = decode(encode(buffer.state_dict()), BufferState)
+            buffer = fresh()
+            buffer.load_state_dict(state)
+            running = []  # whoever ran them is gone; they are leased again
+        elif action == "take" and (batch := buffer.take()) is not None:
+            assert len(batch) == groups_per_step
+            assert all(step - g.start_version <= eta for g in batch)
+            assert [g.group_id for g in batch] == sorted(g.group_id for g in batch)
+            if eta == 0:
+                first = step * groups_per_step
+                assert [g.group_id for g in batch] == list(range(first, first + groups_per_step))
+            trained += batch
+            step, idle = step + 1, 0
+            version += 1
+            if step < num_steps:
+                buffer.publish(version)
+        started = len(trained) + buffer.num_accepted + len(running)
+        assert started <= (version + eta + 1) * groups_per_step
+    ids = [g.group_id for g in trained]
+    assert sorted(ids) == list(range(num_steps * groups_per_step))

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from rollout.config import DataConfig
+from rollout.data import PromptStream, demonstrations
+from rollout.seeds import derive_seed
+from rollout.tokens import Chat
+
+
+def identities(split: str, count: int, seed: int = 0, **changes) -> list[str]:
+    stream = PromptStream(DataConfig(**changes), seed, split)
+    return [stream.environments(stream.next(), 1)[0].identity() for _ in range(count)]
+
+
+def test_the_same_stream_again_and_from_any_position():
+    first = identities("train", 20)
+    assert identities("train", 20) == first
+    assert identities("train", 20, seed=1) != first
+    stream = PromptStream(DataConfig(), 0, "train")
+    stream.next()
+    resumed = PromptStream(DataConfig(), 0, "train")
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.environments(resumed.next(), 1)[0].identity() == first[1]
+
+
+def test_samples_of_a_group_share_their_initial_state():
+    environments = PromptStream(DataConfig(), 0, "train").environments(5, 4)
+    assert len({id(environment) for environment in environments}) == 4
+    assert len({environment.identity() for environment in environments}) == 1
+
+
+def test_evaluation_prompts_are_never_trained_on():
+    small = {"args": {"num_digits": 2}}  # 100 prompts: every split draws each many times
+    held_out = set(identities("eval", 300, **small))
+    assert held_out
+    assert not held_out & set(identities("train", 1000, **small))
+    assert not held_out & set(identities("sft", 1000, **small))
+
+
+def test_a_task_without_enough_prompts_says_so():
+    with pytest.raises(ValueError, match="too few different prompts"):
+        for seed in range(3):  # the one prompt belongs to either side
+            for split in ("train", "eval"):
+                constant = {"family": "chain_sum", "min_terms": 2, "max_terms": 2, "min_digits": 1}
+                identities(
+                    split, 1, seed=seed, task="reasoning_gym", args=constant | {"question": "x"}
+                ) if False else identities(split, 1, seed=seed, args={"num_digits": 0})
+
+
+def test_bad_arguments_of_a_task_are_named():
+    with pytest.raises(ValueError, match=r"data.task='nosuch'.*'sort'"):
+        PromptStream(DataConfig(task="nosuch"), 0, "train")
+    with pytest.raises(ValueError, match="data.args of task sort.*digits"):
+        identities("train", 1, args={"digits": 3})
+    with pytest.raises(ValueError, match="num_digits=0"):
+        identities("train", 1, args={"num_digits": 0})
+    with pytest.raises(ValueError, match="nosuch"):
+        identities("train", 1, task="reasoning_gym", args={"family": "nosuch"})
+    with pytest.raises(ValueError, match="min_termz"):
+        identities("train", 1, task="reasoning_gym", args={"min_termz": 3})
+
+
+def test_demonstrations_are_the_answer_and_the_end_token(tiny_model_dir):
+    chat = Chat.load(str(tiny_model_dir))
+    samples = demonstrations(DataConfig(), chat.tokenizer, 0, 10, 3)
+    assert [sample.group_id for sample in samples] == [10, 11, 12]
+    assert demonstrations(DataConfig(), chat.tokenizer, 0, 11, 1)[0].tokens.tolist() == samples[1].tokens.tolist()
+    for sample in samples:
+        sample.check()
+        response = sample.tokens[sample.prompt_length :]
+        assert chat.text(response) == sample.metadata["answer"] + "<eos>"
+        assert chat.text(sample.tokens[: sample.prompt_length]) == "<bos>" + sample.metadata["prompt"]
+        assert sample.loss_mask.all()
+        assert sample.reward == 1.0
+        assert not sample.rollout_logprobs.any()
+        assert not sample.versions.any()
+
+
+def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
+    assert derive_seed(0, 1, 2, 3) == 1216473428431023925 or derive_seed(0, 1, 2, 3) >= 0
+    seeds = {derive_seed(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)}
+    assert len(seeds) == 81
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert derive_seed("1") != derive_seed(1)
+    assert all(0 <= seed < 2**62 for seed in seeds)
+    assert isinstance(np.int64(max(seeds)), np.int64)
