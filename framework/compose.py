@@ -195,11 +195,16 @@ def load_run_config(run_dir: str | Path) -> RunConfig:
         raise ConfigError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: a mapping of configuration keys is wanted"])
+    key = ""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), _literal(values))
+        merged = OmegaConf.structured(RunConfig)
+        for key, value in values.items():  # one by one: OmegaConf does not always say which failed
+            merged = OmegaConf.merge(merged, {key: _literal(value)})
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {_hydra_message(error, [])}"]) from error
+        message = _hydra_message(error, [])
+        where = message if str(key) in message else f"{key}: {message}"
+        raise ConfigError([f"{path}: {where}"]) from error
     assert isinstance(config, RunConfig)
     return config
 

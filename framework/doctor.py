@@ -213,7 +213,8 @@ def main() -> int:
             print(f"       {finding.cost}")
     failed = sum(finding.level is Level.FAIL for finding in findings)
     if failed:
-        print(f"drivetrain-doctor: {failed} things keep the CPU path from running", file=sys.stderr)
+        message = f"{failed} thing(s) keep the CPU path from running"
+        print(f"drivetrain-doctor: {message}", file=sys.stderr)
         return 1
     print("The CPU path can run.")
     return 0

@@ -1,5 +1,7 @@
 """The end of a finished run: its report, and the one line that says how it went."""
 
+import json
+
 from framework.config import RunConfig
 from framework.progress import RunHistory
 from framework.report import write_report
@@ -28,12 +30,19 @@ def _outcome(config: RunConfig, history: RunHistory) -> str:
     if config.mode == "rollout_only":
         return f"{config.num_steps} batches journaled"
     parts = []
+    if config.mode == "eval":
+        return f"accuracy {_measured(RunDir(config.run_dir)):.3f}"
     if len(history.accuracies) > 1:
         parts.append(f"accuracy {history.accuracies[0]:.3f} -> {history.accuracies[-1]:.3f}")
     elif history.accuracies:
         parts.append(f"accuracy {history.accuracies[0]:.3f}")
     elif history.losses:
         parts.append(f"loss {history.losses[0]:.4f} -> {history.losses[-1]:.4f}")
-    if config.mode != "eval":
-        parts.append(f"{history.steps_done} steps")
+    parts.append(f"{history.steps_done} steps")
     return ", ".join(parts)
+
+
+def _measured(run_dir: RunDir) -> float:
+    """The accuracy of mode=eval, which has no trainer that writes metrics."""
+    lines = run_dir.eval.read_text(encoding="utf-8").splitlines()
+    return float(json.loads(lines[-1])["accuracy"])

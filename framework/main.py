@@ -8,11 +8,15 @@ stderr in one line each.
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from framework.checks import check_config
 from framework.compose import ConfigError, compose_config
 from framework.config import RunConfig
 from framework.help_text import help_text
+
+if TYPE_CHECKING:
+    from framework.launch.prepare import Stages
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -75,16 +79,14 @@ def start_run(config: RunConfig) -> int:
         print(f"drivetrain: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except OSError as error:
-        print(f"drivetrain: run_dir={config.run_dir}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return _failed(f"run_dir={config.run_dir}: {error}")
     if config.cluster.launcher == "slurm":
         from framework.launch.slurm import SubmitError, submit
 
         try:
             print(f"drivetrain: {submit(stages)}")
-        except SubmitError as error:
-            print(f"drivetrain: {error}", file=sys.stderr)
-            return EXIT_FAILED
+        except (SubmitError, ValueError) as error:
+            return _failed(str(error))
         return 0
     if config.cluster.launcher == "manual":
         from framework.launch.manual import describe_commands
@@ -94,10 +96,14 @@ def start_run(config: RunConfig) -> int:
     return _run_here(config, stages, started)
 
 
-def _run_here(config: RunConfig, stages, started: float) -> int:
+def _run_here(config: RunConfig, stages: "Stages", started: float) -> int:
     from framework.finish import finish_run
     from framework.launch.local import run_local
-    from framework.launch.supervisor import InterruptedRunError, RoleFailedError
+    from framework.launch.supervisor import (
+        InterruptedRunError,
+        RoleFailedError,
+        UnstoppableError,
+    )
     from framework.progress import ProgressView
 
     live = config.tracker.progress and sys.stdout.isatty()
@@ -105,15 +111,21 @@ def _run_here(config: RunConfig, stages, started: float) -> int:
         with ProgressView(config.name, sys.stdout, live=live) as view:
             run_local(stages, view.begin, view.tick if config.tracker.progress else lambda: None)
     except RoleFailedError as error:
-        print(f"drivetrain: {error}", file=sys.stderr)
-        for line in error.tail[-20:]:
-            print(f"    {line}", file=sys.stderr)
-        return EXIT_FAILED
+        return _failed(str(error), error.tail[-20:])
+    except (UnstoppableError, ValueError, OSError) as error:
+        return _failed(str(error))
     except InterruptedRunError as error:
         print(f"drivetrain: {error}; every process has been stopped", file=sys.stderr)
         return 128 + error.signum
     print(finish_run(stages.main, time.monotonic() - started))
     return 0
+
+
+def _failed(reason: str, details: Sequence[str] = ()) -> int:
+    print(f"drivetrain: {reason}", file=sys.stderr)
+    for line in details:
+        print(f"    {line}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def weight_sync(config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan
     from framework.weight_sync import WeightSync
     from framework.weight_sync.base import PushContext
     from framework.weight_sync.engines import Engines
+    from megatron_bridge.export import ExportBuffers
 
     engine, sync = config.rollout.engine, config.weight_sync
     engines = None
@@ -120,6 +121,7 @@ def weight_sync(config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan
     context = PushContext(
         plan=plan,
         chunks=policy.chunks,
+        buffers=ExportBuffers(),
         rank=rank,
         engine_tp=engine.tp,
         host=config.rollout.host,

@@ -94,6 +94,7 @@ class ExportStream(Iterator[Bucket]):
         self._local = parameters(chunks)
         self._device = next(iter(self._local.values())).device
         self._next = 0
+        self._in_message = False  # stays true when a message failed: the group is then unusable
 
     def __enter__(self) -> "ExportStream":
         return self
@@ -117,8 +118,8 @@ class ExportStream(Iterator[Bucket]):
         raise StopIteration
 
     def close(self) -> None:
-        """Send or receive (and drop) what is left; does nothing after the last bucket."""
-        while self._next < len(self._plan.buckets):
+        """Send or receive (and drop) what is left; nothing after the last bucket or a failure."""
+        while self._next < len(self._plan.buckets) and not self._in_message:
             bucket = self._plan.buckets[self._next]
             self._next += 1
             if self._rank != self._dst:
@@ -153,11 +154,15 @@ class ExportStream(Iterator[Bucket]):
             message = self._message(pieces)
             for piece, part in self._unpack(pieces, message):
                 part.copy_(self._content(piece))
+            self._in_message = True
             dist.send(message, group=self._group, group_dst=self._dst)
+            self._in_message = False
 
     def _receive(self, sender: int, pieces: Sequence[Piece]) -> torch.Tensor:
         message = self._message(pieces)
+        self._in_message = True
         dist.recv(message, group=self._group, group_src=sender)
+        self._in_message = False
         return message
 
     def _assemble(self, bucket: BucketPlan) -> Bucket:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_bridge.hf_checkpoint import DTYPE_NAMES
 from megatron_bridge.layout import Layout
 from megatron_bridge.mapping import check, layer_name, model_shapes, section_views, sections
 from megatron_bridge.models import describe
@@ -78,6 +79,8 @@ class ExportPlan:
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
             raise ValueError(f"bucket size is {self.bucket_bytes} bytes; it must be >= 1")
+        if self.dtype not in DTYPE_NAMES:
+            raise ValueError(f"weights cannot be exported as {self.dtype}")
         errors = check(self.hf_config, self.layout, self.vocab_pad_multiple)
         if errors:
             raise ValueError("the model cannot be exported from this layout: " + "; ".join(errors))

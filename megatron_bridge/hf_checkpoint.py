@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megatron_bridge.views import Box, Index
 
@@ -87,12 +87,19 @@ class HfCheckpoint:
 
     def read(self, box: Box) -> torch.Tensor:
         """The content of a box, in the file's type; only its bytes are read."""
-        info = self.tensors[box.name]
-        file = self._open.get(info.file)
-        if file is None:
-            opened = safe_open(str(self.path / info.file), framework="pt")
-            file = self._open[info.file] = self._files.enter_context(opened)
+        file = self._file(self.tensors[box.name].file)
         return file.get_slice(box.name)[box.source] if box.source else file.get_tensor(box.name)
+
+    def _file(self, name: str) -> Any:
+        """The mapped file, opened when it is first needed."""
+        if name not in self._open:
+            path = self.path / name
+            try:
+                opened = safe_open(str(path), framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+            self._open[name] = self._files.enter_context(opened)
+        return self._open[name]
 
     def _read_headers(self) -> dict[str, TensorInfo]:
         single, index = self.path / SINGLE, self.path / INDEX
@@ -134,6 +141,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError):
             raise ValueError(f"{path}: the safetensors header is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the safetensors header is not an object")
     end = 0
     tensors = {}
     for name, entry in header.items():

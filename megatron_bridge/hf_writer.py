@@ -51,7 +51,11 @@ class HfWriter:
         self._total_bytes = 0
         self._file: BinaryIO | None = None
         self._expected: list[Entry] = []
-        _copy_companions(Path(like), self._partial, config, entries)
+        try:
+            _copy_companions(Path(like), self._partial, config, entries)
+        except OSError:
+            self.abort()
+            raise
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor; it must be the next of the entries."""
@@ -65,7 +69,7 @@ class HfWriter:
             )
         assert self._file is not None
         content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        self._file.write(memoryview(content.numpy()))
+        self._file.write(content.numpy().data)
         self._total_bytes += content.numel()
 
     def finish(self) -> None:

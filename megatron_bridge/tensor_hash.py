@@ -11,7 +11,7 @@ import torch
 def cpu_checksum(tensor: torch.Tensor) -> str:
     """SGLang's checksum of a tensor in host memory: 8 bytes of SHA-256 as 16 hex digits."""
     content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(content.numpy())).digest()[:8].hex()
+    return hashlib.sha256(content.numpy().data).digest()[:8].hex()
 
 
 _MASK32 = 0xFFFFFFFF

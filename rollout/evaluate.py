@@ -10,7 +10,7 @@ from rollout.client import EngineFailure
 from rollout.config import DataConfig
 from rollout.data import PromptStream
 from rollout.environments import Environment
-from rollout.generate import Episode, Generator
+from rollout.generate import Episode, Generator, run_together
 from rollout.seeds import derive_seed
 from rollout.types import EvalResult, Sample
 
@@ -38,7 +38,7 @@ class Evaluator:
             range(first, min(first + _PROMPTS_PER_REQUEST, count))
             for first in range(0, count, _PROMPTS_PER_REQUEST)
         ]
-        parts = await asyncio.gather(*(self._chunk(chunk, version) for chunk in chunks))
+        parts = await run_together(self._chunk(chunk, version) for chunk in chunks)
         samples = [sample for part in parts for sample in part]
         seen = {int(v) for sample in samples for v in sample.versions if v >= 0}
         if seen - {version}:

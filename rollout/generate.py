@@ -7,9 +7,9 @@ This is the boundary at which a failing environment or reward becomes a counted 
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine, Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,19 @@ from rollout.types import Sample, Status
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+async def run_together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first failure cancels the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as failures:
+        first: Exception = failures
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+    return [task.result() for task in tasks]
 
 
 class _EpisodeError(Exception):
@@ -68,12 +81,10 @@ class Generator:
             else []
         )
         first = dict(zip(started, generations, strict=True))
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._episode(episode, prompts[k], first.get(k), version))
-                for k, episode in enumerate(episodes)
-            ]
-        return [task.result() for task in tasks]
+        return await run_together(
+            self._episode(episode, prompts[k], first.get(k), version)
+            for k, episode in enumerate(episodes)
+        )
 
     async def _prompt(self, episode: Episode) -> "list[int] | _EpisodeError":
         try:

@@ -133,8 +133,6 @@ class Producer:
                 self._times[lease.group_id] = (start, time.monotonic())
         except EngineFailure as error:
             self._fail(str(error))
-        except ExceptionGroup as error:
-            self._fail(f"group {lease.group_id}: {_first(error)}")
         except ValueError as error:
             self._fail(f"group {lease.group_id}: {error}")
         else:
@@ -162,10 +160,3 @@ class Producer:
             self.failure = reason
             logger.error("generation ended: %s", reason)
         self.failed.set()
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first leaf of an exception group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

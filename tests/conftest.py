@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the tiny model, and one real SGLang server for the whole session."""
+"""Fixtures shared by all tests: the tiny model, and one real SGLang server for the session."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +23,16 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+def engine(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
     """The shared server (url, api_key). Tests may push weights: none may rely on the first ones."""
     log = tmp_path_factory.mktemp("engine") / "engine_0.log"
     process = EngineProcess(
-        config=EngineConfig(device="cpu"), model_path=str(tiny_model_dir), api_key=API_KEY, log_path=log
+        config=EngineConfig(device="cpu"),
+        model_path=str(tiny_model_dir),
+        api_key=API_KEY,
+        log_path=log,
     )
     with process:
         yield process

@@ -14,8 +14,8 @@ PhaseCallback = Callable[[str, RunDir, int], None]
 def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None]) -> None:
     """Run the stages to their end.
 
-    Engines start first: they load while the supervised stage trains. The trainers' first push
-    gives them the right weights, so that they need not wait for these.
+    Engines and the rollout process start first: they load while the supervised stage trains.
+    Nothing is generated before the trainers' first push, which gives them the right weights.
 
     Raises:
         RoleFailedError: a role failed; everything has been stopped.
@@ -23,8 +23,11 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
     """
     main, warm_start = stages.main, stages.warm_start
     with Supervisor(main.cluster.stop_timeout_s) as supervisor:
-        for role in engine_roles(main):
-            supervisor.start(role)
+        last = None
+        for role in (*engine_roles(main), rollout_role(main)):
+            if role is not None:
+                supervisor.start(role)
+                last = role
         if warm_start is not None:
             first = trainer_role(warm_start, name="warm_start")
             assert first is not None
@@ -32,10 +35,9 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
             supervisor.start(first)
             supervisor.wait(first.name, tick)
         on_phase(main.mode, RunDir(main.run_dir), main.num_steps)
-        last = None
-        for role in (rollout_role(main), trainer_role(main)):
-            if role is not None:
-                supervisor.start(role)
-                last = role
+        trainer = trainer_role(main)
+        if trainer is not None:
+            supervisor.start(trainer)
+            last = trainer
         assert last is not None
         supervisor.wait(last.name, tick)

@@ -65,6 +65,9 @@ def write_run(config: RunConfig) -> Stages:
     run_dir.create()
     _write_config(run_dir, stages.main)
     if not config.model.hf_path:
+        from transformers.utils import logging  # seconds to import: only where it is needed
+
+        logging.disable_progress_bar()
         create_tiny_model(config.model.tiny, stages.main.model.hf_path)
     if stages.warm_start is not None:
         nested = RunDir(stages.warm_start.run_dir)

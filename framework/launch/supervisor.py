@@ -53,6 +53,10 @@ class InterruptedRunError(RuntimeError):
         self.signum = signum
 
 
+class UnstoppableError(RuntimeError):
+    """A process outlived SIGKILL: the kernel holds it."""
+
+
 class Supervisor:
     """The living roles of a run. Use as a context manager: leaving it stops everything."""
 
@@ -125,7 +129,7 @@ class Supervisor:
         """End every role and whatever it started: SIGTERM, after stop_timeout_s SIGKILL.
 
         Raises:
-            RuntimeError: a process survived SIGKILL (the kernel holds it).
+            UnstoppableError: a process survived SIGKILL.
         """
         asked = len(self._signals)
         for _, process, _ in self._running.values():
@@ -145,7 +149,7 @@ class Supervisor:
         self._running.clear()
         if alive:
             pids = ", ".join(str(process.pid) for process in alive)
-            raise RuntimeError(f"processes {pids} survived SIGKILL for {KILL_TIMEOUT_S:g} s")
+            raise UnstoppableError(f"processes {pids} survived SIGKILL for {KILL_TIMEOUT_S:g} s")
 
     def _alive(self) -> list[psutil.Process]:
         """Roles, their descendants, and orphans of theirs that the launcher inherited."""

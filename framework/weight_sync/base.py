@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from framework.weight_sync.engines import Engines
 from megatron_bridge.checksum import ExpectedChecksums
+from megatron_bridge.export import ExportBuffers
 from megatron_bridge.export_plan import ExportPlan
 
 
@@ -17,6 +18,8 @@ class PushContext:
     """The same on every rank."""
     chunks: list[Any]
     """This rank's bare models."""
+    buffers: ExportBuffers
+    """Memory that all pushes reuse."""
     rank: int
     engine_tp: int
     host: str

@@ -22,11 +22,14 @@ class DiskPush:
     ) -> int:
         """See `base.Transport`."""
         context, size = self.context, 0
-        with export_buckets(context.plan, context.chunks, context.rank) as buckets:
+        with export_buckets(
+            context.plan, context.chunks, context.rank, buffers=context.buffers
+        ) as buckets:
             if engines is None:
                 next(buckets, None)  # takes part in the assembling
                 return 0
             directory = context.scratch_dir / f"version_{version}"
+            shutil.rmtree(directory, ignore_errors=True)  # left by a trainer that was killed
             writer = HfWriter(directory, context.plan.entries, context.like, MAX_FILE_BYTES)
             for bucket in buckets:
                 size += bucket.flat.nbytes

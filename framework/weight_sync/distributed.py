@@ -29,7 +29,9 @@ class DistributedPush:
     ) -> int:
         """See `base.Transport`."""
         context, size = self.context, 0
-        with export_buckets(context.plan, context.chunks, context.rank) as buckets:
+        with export_buckets(
+            context.plan, context.chunks, context.rank, buffers=context.buffers
+        ) as buckets:
             if engines is None:
                 next(buckets, None)  # takes part in the assembling
                 return 0

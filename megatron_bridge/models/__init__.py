@@ -16,7 +16,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 def describe(hf_config: Mapping[str, Any]) -> ModelDescription:
     """A config.json, understood; ValueError lists everything in it that cannot be used."""
     names = hf_config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ValueError(
             f"config.json: architectures is {names!r}; it must name one of "
             f"{', '.join(sorted(ARCHITECTURES))}"

@@ -144,7 +144,7 @@ def read_rope(fields: ConfigFields, default_theta: float) -> dict[str, Any]:
             fields.complain("rope_scaling and rope_parameters disagree")
     theta = rope.pop("rope_theta", theta)
     theta = default_theta if theta is None else theta
-    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope} or {"default"}
+    kinds = {str(rope.pop(key)) for key in ("rope_type", "type") if key in rope} or {"default"}
     arguments: dict[str, Any] = {
         "position_embedding_type": "rope",
         "rotary_percent": 1.0,

@@ -9,13 +9,16 @@ import copy
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from bridge_models import create_patterned_model
+from safetensors.torch import load_file
 
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import Bucket
 from megatron_bridge.hf_checkpoint import read_config
+from megatron_bridge.hf_writer import HfWriter
 from megatron_bridge.mapping import engine_views
 from megatron_bridge.tensor_hash import gpu_checksum
 
@@ -105,6 +108,36 @@ def test_an_incomplete_or_foreign_push_is_refused(recorded):
 )
 def test_gpu_checksum_equals_sglangs_triton_kernel(numel, dtype, checksum):
     assert gpu_checksum((torch.arange(numel) % 1009).to(dtype) / 8 - 3) == checksum
+
+
+def test_a_running_engine_agrees_after_an_update(engine, tiny_model_dir, tmp_path):
+    """The shared server takes new weights from disk; then its checksums are ours, but for one."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(tiny_model_dir / "model.safetensors").items()
+    }
+    out = tmp_path / "version_1"
+    writer = HfWriter(
+        out, [(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], tiny_model_dir
+    )
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    headers = {"Authorization": f"Bearer {engine.api_key}"}
+    with httpx.Client(base_url=engine.url, headers=headers, timeout=60, trust_env=False) as client:
+        body = {"model_path": str(out), "abort_all_requests": False}
+        assert client.post("/update_weights_from_disk", json=body).json()["success"]
+        reply = client.post("/weights_checker", json={"action": "checksum"}).json()
+    expected = ExpectedChecksums(read_config(out), 1, torch.float32, "cpu")
+    expected.add(bucket_of(tensors))
+    assert expected.compare(reply) == []
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] += 1e-6
+    expected.reset()
+    expected.add(bucket_of(tensors))
+    differences = expected.compare(reply)
+    assert len(differences) == 1
+    assert "model.layers.1.mlp.gate_up_proj.weight differs" in differences[0]
 
 
 def test_engine_tp_that_sglang_cannot_serve_is_refused(tmp_path):

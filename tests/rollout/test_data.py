@@ -1,8 +1,9 @@
-import numpy as np
 import pytest
 
 from rollout.config import DataConfig
 from rollout.data import PromptStream, demonstrations
+from rollout.environments import ENVIRONMENTS
+from rollout.environments.sort import SortEnvironment
 from rollout.seeds import derive_seed
 from rollout.tokens import Chat
 
@@ -37,26 +38,33 @@ def test_evaluation_prompts_are_never_trained_on():
     assert not held_out & set(identities("sft", 1000, **small))
 
 
-def test_a_task_without_enough_prompts_says_so():
-    with pytest.raises(ValueError, match="too few different prompts"):
-        for seed in range(3):  # the one prompt belongs to either side
-            for split in ("train", "eval"):
-                constant = {"family": "chain_sum", "min_terms": 2, "max_terms": 2, "min_digits": 1}
-                identities(
-                    split, 1, seed=seed, task="reasoning_gym", args=constant | {"question": "x"}
-                ) if False else identities(split, 1, seed=seed, args={"num_digits": 0})
+class ConstantEnvironment(SortEnvironment):
+    def identity(self) -> str:
+        return "always the same"
+
+
+class SharedEnvironment(ConstantEnvironment):
+    hold_out = False
+
+
+def test_a_task_without_enough_prompts_says_so(monkeypatch):
+    monkeypatch.setitem(ENVIRONMENTS, "constant", ConstantEnvironment)
+    monkeypatch.setitem(ENVIRONMENTS, "shared", SharedEnvironment)
+    with pytest.raises(ValueError, match=r"too few different prompts"):
+        identities("train", 1, task="constant") + identities("eval", 1, task="constant")
+    assert identities("train", 1, task="shared") == identities("eval", 1, task="shared")
 
 
 def test_bad_arguments_of_a_task_are_named():
     with pytest.raises(ValueError, match=r"data.task='nosuch'.*'sort'"):
         PromptStream(DataConfig(task="nosuch"), 0, "train")
-    with pytest.raises(ValueError, match="data.args of task sort.*digits"):
+    with pytest.raises(ValueError, match=r"data.args of task sort.*digits"):
         identities("train", 1, args={"digits": 3})
-    with pytest.raises(ValueError, match="num_digits=0"):
+    with pytest.raises(ValueError, match=r"num_digits=0"):
         identities("train", 1, args={"num_digits": 0})
-    with pytest.raises(ValueError, match="nosuch"):
+    with pytest.raises(ValueError, match=r"nosuch"):
         identities("train", 1, task="reasoning_gym", args={"family": "nosuch"})
-    with pytest.raises(ValueError, match="min_termz"):
+    with pytest.raises(ValueError, match=r"min_termz"):
         identities("train", 1, task="reasoning_gym", args={"min_termz": 3})
 
 
@@ -64,12 +72,17 @@ def test_demonstrations_are_the_answer_and_the_end_token(tiny_model_dir):
     chat = Chat.load(str(tiny_model_dir))
     samples = demonstrations(DataConfig(), chat.tokenizer, 0, 10, 3)
     assert [sample.group_id for sample in samples] == [10, 11, 12]
-    assert demonstrations(DataConfig(), chat.tokenizer, 0, 11, 1)[0].tokens.tolist() == samples[1].tokens.tolist()
+    assert (
+        demonstrations(DataConfig(), chat.tokenizer, 0, 11, 1)[0].tokens.tolist()
+        == samples[1].tokens.tolist()
+    )
     for sample in samples:
         sample.check()
         response = sample.tokens[sample.prompt_length :]
         assert chat.text(response) == sample.metadata["answer"] + "<eos>"
-        assert chat.text(sample.tokens[: sample.prompt_length]) == "<bos>" + sample.metadata["prompt"]
+        assert (
+            chat.text(sample.tokens[: sample.prompt_length]) == "<bos>" + sample.metadata["prompt"]
+        )
         assert sample.loss_mask.all()
         assert sample.reward == 1.0
         assert not sample.rollout_logprobs.any()
@@ -77,10 +90,15 @@ def test_demonstrations_are_the_answer_and_the_end_token(tiny_model_dir):
 
 
 def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
-    assert derive_seed(0, 1, 2, 3) == 1216473428431023925 or derive_seed(0, 1, 2, 3) >= 0
-    seeds = {derive_seed(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)}
+    assert derive_seed(0, 1, 2, 3) == 796505337477680871
+    seeds = {
+        derive_seed(a, b, c, d)
+        for a in range(3)
+        for b in range(3)
+        for c in range(3)
+        for d in range(3)
+    }
     assert len(seeds) == 81
     assert derive_seed(1, 23) != derive_seed(12, 3)
     assert derive_seed("1") != derive_seed(1)
     assert all(0 <= seed < 2**62 for seed in seeds)
-    assert isinstance(np.int64(max(seeds)), np.int64)

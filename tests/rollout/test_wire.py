@@ -34,7 +34,11 @@ def test_samples_arrive_bit_equal_and_writable():
             assert np.array_equal(ours, theirs)
             theirs[:] = 0  # memory of its own
         assert other.status is Status.TRUNCATED
-        assert (other.reward, other.rewards, other.metadata) == (0.5, sent[0].rewards, sent[0].metadata)
+        assert (other.reward, other.rewards, other.metadata) == (
+            0.5,
+            sent[0].rewards,
+            sent[0].metadata,
+        )
 
 
 def test_non_contiguous_and_empty_arrays():
@@ -45,7 +49,7 @@ def test_non_contiguous_and_empty_arrays():
 
 
 def test_arrays_of_objects_cannot_be_sent():
-    with pytest.raises(ValueError, match="arrays of object"):
+    with pytest.raises(ValueError, match=r"arrays of object"):
         encode(make_sample(tokens=np.array([object()])))
 
 
@@ -71,5 +75,5 @@ def test_malformed_arrays_are_refused_with_the_field(array, reason):
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"not msgpack", encode({"step": "one"})])
 def test_what_is_no_message_is_refused(data):
-    with pytest.raises(ValueError, match="not a StepBatch message"):
+    with pytest.raises(ValueError, match=r"not a StepBatch message"):
         decode(data, StepBatch)

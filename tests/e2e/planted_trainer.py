@@ -1,0 +1,47 @@
+"""framework.train, with one element of one tensor changed between packing and sending."""
+
+import torch.distributed as dist
+
+TENSOR = "model.layers.1.mlp.down_proj.weight"
+
+
+def main() -> None:
+    """Plant, then train as usual."""
+    from framework import train
+    from framework.weight_sync import distributed
+
+    export = distributed.export_buckets
+    current = []
+
+    def remembering(*args, **kwargs):
+        stream = export(*args, **kwargs)
+        advance = type(stream).__next__
+
+        class Remembering(type(stream)):
+            def __next__(self):
+                current[:] = [advance(self)]
+                return current[0]
+
+        stream.__class__ = Remembering
+        return stream
+
+    def broadcast(flat, src, group):
+        (bucket,) = current
+        target = bucket.tensors[list(bucket.names).index(TENSOR)]
+        kept = target[3, 5].item()
+        target[3, 5] = kept + 1e-6
+        dist.broadcast(flat, src=src, group=group)
+        target[3, 5] = kept
+
+    class Dist:
+        """torch.distributed as weight_sync.distributed sees it."""
+
+        def __getattr__(self, name):
+            return broadcast if name == "broadcast" else getattr(dist, name)
+
+    distributed.export_buckets, distributed.dist = remembering, Dist()
+    train.main()
+
+
+if __name__ == "__main__":
+    main()

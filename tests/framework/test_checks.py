@@ -1,0 +1,227 @@
+"""Broken configurations through the front door: refused with 2, the key named, nothing started."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from framework.checks import check_config
+from framework.compose import compose_config
+from framework.config_fields import config_fields
+from framework.field_rules import CHOICES, NOT_NEGATIVE, POSITIVE
+from framework.main import main
+
+BROKEN: list[tuple[str, list[str], list[str]]] = [
+    # what, command line, what stderr must name
+    ("unknown key", ["parallel.tpp=2"], ["parallel.tpp=2", "parallel.tp?"]),
+    ("unknown section", ["paralel.tp=2"], ["paralel.tp=2", "parallel.tp?"]),
+    ("key without its section", ["max_staleness=1"], ["rollout.max_staleness_steps?"]),
+    ("wrong type", ["parallel.tp=two"], ["parallel.tp=two", "int wanted"]),
+    ("fraction for a whole number", ["num_steps=1.5"], ["num_steps=1.5", "int wanted"]),
+    ("truth for a number", ["rollout.samples_per_prompt=true"], ["samples_per_prompt=true"]),
+    ("null", ["seed=null"], ["seed=null"]),
+    ("text for a list", ["rollout.sampling.stop=abc"], ["rollout.sampling.stop=abc", "list"]),
+    ("unknown option", ["algorithm=grppo"], ["algorithm=grppo", "did you mean grpo?"]),
+    ("unknown experiment", ["experiment=quikstart"], ["quickstart", "smoke"]),
+    ("bad syntax", ["seed"], ["'seed'", "key=value"]),
+    ("unclosed bracket", ["rollout.sampling.stop=[a"], ["rollout.sampling.stop=[a", "syntax"]),
+    ("a sweep", ["seed=1,2"], ["seed=1,2", "one run for each"]),
+    ("a whole section", ["rollout.sampling={top_p: 1}"], ["rollout.sampling", "section"]),
+    ("unknown dash option", ["--tp", "2"], ["--tp"]),
+    ("config dir that is not there", ["--config-dir", "/no/such"], ["--config-dir /no/such"]),
+    ("shell variable in braces", ["cluster.setup=cd ${HOME}"], ["cluster.setup", "HOME"]),
+    ("no steps", ["num_steps=0"], ["num_steps=0", "greater than 0"]),
+    ("negative rate", ["optimizer.lr=-1"], ["optimizer.lr=-1", "greater than 0"]),
+    ("nan", ["optimizer.lr=nan"], ["optimizer.lr=nan", "finite"]),
+    ("beta of one", ["optimizer.beta1=1.0"], ["optimizer.beta1=1.0", "[0, 1)"]),
+    ("unknown mode", ["mode=training"], ["mode=training", "train_only"]),
+    ("unknown loss", ["algorithm.loss=ppo"], ["algorithm.loss=ppo", "ppo_clip"]),
+    ("unknown task", ["data.task=sorting"], ["data.task=sorting", "reasoning_gym"]),
+    ("unknown transport", ["weight_sync.transport=rdma"], ["transport=rdma", "distributed"]),
+    ("heads", ["parallel.tp=3"], ["parallel.tp=3", "4 attention heads"]),
+    ("feed-forward", ["parallel.tp=4", "model.tiny.ffn_size=190"], ["parallel.tp=4", "190"]),
+    ("layers", ["parallel.pp=3"], ["parallel.pp=3", "2 layers"]),
+    ("context parallel", ["parallel.cp=2"], ["parallel.cp=2", "this version"]),
+    ("virtual stages", ["parallel.pp=2", "parallel.vpp=2"], ["parallel.vpp=2", "this version"]),
+    ("experts", ["parallel.ep=2"], ["parallel.ep=2"]),
+    ("sequence parallel alone", ["parallel.sequence_parallel=true"], ["parallel.tp"]),
+    ("engine heads", ["rollout.engine.tp=3"], ["rollout.engine.tp=3", "attention heads"]),
+    (
+        "more replicas than samples",
+        ["parallel.dp=8", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"],
+        ["parallel.dp=8"],
+    ),
+    ("groups of one", ["rollout.samples_per_prompt=1"], ["rollout.samples_per_prompt=1"]),
+    ("nucleus sampling", ["rollout.sampling.top_p=0.9"], ["rollout.sampling.top_p=0.9"]),
+    ("top-k sampling", ["rollout.sampling.top_k=5"], ["rollout.sampling.top_k=5"]),
+    ("greedy training", ["rollout.sampling.temperature=0"], ["rollout.sampling.temperature"]),
+    ("stale attention state", ["weight_sync.pause_mode=in_place"], ["max_staleness_steps=0"]),
+    ("response longer than a batch", ["batch.max_tokens_per_microbatch=8"], ["max_new_tokens"]),
+    ("response longer than the cache", ["rollout.engine.max_total_tokens=8"], ["max_total"]),
+    ("response beyond positions", ["rollout.sampling.max_new_tokens=2000"], ["1024 positions"]),
+    ("no journal", ["mode=train_only"], ["replay_dir"]),
+    ("journal not there", ["mode=train_only", "replay_dir=/no/such"], ["replay_dir=/no/such"]),
+    ("journal for another mode", ["replay_dir=/tmp"], ["replay_dir=/tmp", "train_only"]),
+    ("supervised evaluation", ["stage=sft", "mode=eval"], ["mode=eval", "stage=sft"]),
+    ("model not there", ["model.hf_path=/no/such"], ["model.hf_path=/no/such"]),
+    ("model not named", ["model=hf"], ["model.hf_path"]),
+    ("weights not there", ["model.init_from=/no/such"], ["model.init_from=/no/such"]),
+    ("SGLang argument", ["rollout.engine.args.context_lenght=8"], ["did you mean context_length?"]),
+    ("SGLang argument of ours", ["rollout.engine.args.tp_size=2"], ["rollout.engine.tp"]),
+    ("megatron field", ["model.megatron.recompute_granularty=full"], ["recompute_granularity?"]),
+    ("megatron field of ours", ["model.megatron.num_layers=4"], ["model.megatron.num_layers=4"]),
+    ("megatron type", ["model.megatron.recompute_num_layers=x"], ["recompute_num_layers=x", "int"]),
+    ("dropout", ["model.megatron.hidden_dropout=0.1"], ["model.megatron.hidden_dropout=0.1"]),
+    ("task argument", ["data.args.digits=8"], ["data.task=sort", "digits"]),
+    ("GPU where there is none", ["rollout.engine.device=cuda"], ["rollout.engine.device=cuda"]),
+    ("several nodes on one machine", ["cluster.num_nodes=2"], ["cluster.num_nodes=2"]),
+    ("too few nodes", ["cluster=slurm", "cluster.num_nodes=1"], ["cluster.num_nodes=1"]),
+    ("engine address", ["rollout.engine.urls=[host:1]"], ["rollout.engine.urls=host:1", "http"]),
+    ("name with a slash", ["name=a/b", "run_dir=x"], ["name=a/b"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers on a machine that has GPUs."""
+    monkeypatch.setattr("framework.checks.visible_gpus", list)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN]
+)
+def test_broken_configuration_is_refused(
+    arguments: list[str],
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = psutil.Process().children(recursive=True)
+    assert main(arguments) == 2
+    stdout, stderr = capsys.readouterr()
+    for text in named:
+        assert text in stderr
+    assert all(line.startswith("drivetrain: ") for line in stderr.splitlines())
+    assert "Traceback" not in stderr
+    assert stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    assert psutil.Process().children(recursive=True) == before
+
+
+def test_everything_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["parallel.pp=3", "parallel.cp=2", "rollout.sampling.top_p=0.5", "optimizer.lr=0"]
+    assert main([*arguments, "run_dir=/tmp/never"]) == 2
+    stderr = capsys.readouterr().err
+    for key in ("parallel.pp=3", "parallel.cp=2", "rollout.sampling.top_p=0.5", "optimizer.lr=0"):
+        assert key in stderr
+
+
+@pytest.mark.parametrize("arguments", [["parallel.tpp=2"], ["mode=nothing"], ["parallel.pp=3"]])
+def test_refusal_of_the_command_itself(arguments: list[str], tmp_path: Path) -> None:
+    """As a user runs it: status 2, one line each, quickly, without a traceback."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "framework.main", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("drivetrain: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert time.monotonic() - start < 20
+
+
+def test_a_run_directory_is_never_reused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "earlier"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("name: earlier\n")
+    assert main([f"run_dir={run_dir}"]) == 2
+    assert f"run_dir={run_dir}: already holds a run" in capsys.readouterr().err
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_journal_must_be_long_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in range(3):
+        (tmp_path / f"step_{step:06d}.msgpack").touch()
+    arguments = ["mode=train_only", f"replay_dir={tmp_path}", "num_steps=5"]
+    assert main(arguments) == 2
+    stderr = capsys.readouterr().err
+    assert "step_000003.msgpack" in stderr
+    assert "3 of its steps" in stderr
+    assert check_config(compose_config([*arguments[:2], "num_steps=3"])) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"hidden_size": 64}', "num_attention_heads"),
+        ('{"hidden_size": 64, "num_attention_heads": "4"}', "num_attention_heads is '4'"),
+    ],
+)
+def test_broken_model_config(content: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    (error,) = check_config(compose_config([f"model.hf_path={tmp_path}"]))
+    assert f"model.hf_path={tmp_path}" in error
+    assert named in error
+
+
+def test_layout_is_checked_against_the_models_own_shape(tmp_path: Path) -> None:
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    model = f"model.hf_path={tmp_path}"
+    assert check_config(compose_config([model, "parallel.tp=3", "parallel.pp=5"])) == []
+    # 9 heads in 9 parts is fine (more parts than key-value heads, a multiple of them), 1536 is not.
+    (error,) = check_config(compose_config([model, "parallel.tp=9"]))
+    assert error == "parallel.tp=9: does not divide the feed-forward size 1536"
+    (error,) = check_config(compose_config([model, "parallel.pp=4"]))
+    assert error == "parallel.pp=4: does not divide the model's 30 layers"
+
+
+@pytest.mark.parametrize("layout", ["single", "dp2", "tp2", "pp2"])
+def test_quickstart_is_accepted_in_every_layout(layout: str) -> None:
+    config = compose_config(["experiment=quickstart", f"parallel={layout}"])
+    assert check_config(config) == []
+
+
+def test_smoke_is_accepted() -> None:
+    assert check_config(compose_config(["experiment=smoke", "rollout=async"])) == []
+
+
+@pytest.mark.parametrize("data", ["sort", "chain_sum", "basic_arithmetic"])
+def test_bundled_tasks_are_accepted(data: str) -> None:
+    assert check_config(compose_config([f"data={data}"])) == []
+
+
+def test_every_number_of_the_configuration_has_a_rule() -> None:
+    """A new number must say what it may be, here or below."""
+    free = {"rollout.sampling.top_p", "rollout.sampling.top_k"}  # have checks of their own
+    fractions = {"optimizer.beta1", "optimizer.beta2", "warm_start.beta2"}
+    numbers = {key for key, field in config_fields().items() if field.type_name in ("int", "float")}
+    ruled = {*POSITIVE, *NOT_NEGATIVE} | fractions
+    assert numbers - ruled == free
+    assert set(CHOICES) | ruled <= set(config_fields())

@@ -1,0 +1,137 @@
+"""Composition: groups, overrides, the round trip through config.yaml, and help."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from framework.checks import check_config
+from framework.compose import (
+    ConfigError,
+    compose_config,
+    config_yaml,
+    group_options,
+    load_run_config,
+)
+from framework.config import RunConfig
+from framework.config_fields import config_fields, nearest
+from framework.help_text import help_text
+
+
+def test_defaults_of_the_groups_are_those_of_the_dataclasses() -> None:
+    """A default is said once: a group's first option must not contradict the field."""
+    composed, plain = compose_config([]), RunConfig()
+    for name in (
+        "model",
+        "algorithm",
+        "parallel",
+        "optimizer",
+        "weight_sync",
+        "cluster",
+        "tracker",
+    ):
+        assert getattr(composed, name) == getattr(plain, name)
+    assert composed.rollout == plain.rollout
+
+
+def test_groups_experiments_and_overrides_take_precedence_in_this_order() -> None:
+    config = compose_config(["experiment=quickstart", "parallel=tp2", "num_steps=3"])
+    assert config.warm_start.num_steps > 0  # the experiment's
+    assert (config.parallel.tp, config.parallel.dp) == (2, 1)  # the group given by hand
+    assert config.num_steps == 3
+    assert Path(config.run_dir) == Path.cwd() / "runs" / "quickstart"
+
+
+def test_open_dicts_take_new_keys() -> None:
+    config = compose_config(
+        [
+            "rollout.engine.args.chunked_prefill_size=512",
+            "model.megatron.recompute_granularity=full",
+            "data.args.num_digits=3",
+        ]
+    )
+    assert config.rollout.engine.args == {"chunked_prefill_size": 512}
+    assert config.model.megatron == {"recompute_granularity": "full"}
+    assert config.data.args == {"num_digits": 3}
+
+
+def test_config_yaml_gives_back_the_same_run(tmp_path: Path) -> None:
+    config = compose_config(["experiment=smoke", "rollout.sampling.stop=['a b', \"#\"]", "seed=7"])
+    # A shell line is data: nothing in it may be taken for an interpolation when it is read.
+    config = dataclasses.replace(
+        config, cluster=dataclasses.replace(config.cluster, setup="cd ${HOME}\nsource $X/activate")
+    )
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    assert load_run_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("num_stepz: 3\n", "num_stepz"),
+        ("num_steps: many\n", "num_steps"),
+        ("parallel: 3\n", "parallel"),
+        ("- 1\n", "mapping"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_broken_config_yaml_is_refused_by_name(content: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(tmp_path)
+    assert str(tmp_path / "config.yaml") in str(raised.value)
+    assert named in str(raised.value)
+
+
+def test_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run directory"):
+        load_run_config(tmp_path)
+
+
+def test_own_groups_come_from_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - quickstart\nname: mine\noptimizer:\n  lr: 1.0e-3\n"
+    )
+    config = compose_config(["experiment=mine"], config_dir=str(tmp_path))
+    assert (config.name, config.optimizer.lr) == ("mine", 1e-3)
+    assert config.warm_start.num_steps > 0  # inherited
+    assert check_config(config) == []
+    assert "mine" in group_options(str(tmp_path))["experiment"]
+
+
+def test_unknown_key_in_own_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    path = tmp_path / "experiment" / "mine.yaml"
+    path.write_text("# @package _global_\nrollout:\n  max_stalenes_steps: 1\n")
+    with pytest.raises(ConfigError, match=r"rollout\.max_stalenes_steps.*max_staleness_steps\?"):
+        compose_config(["experiment=mine"], config_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("parallel.tensor", "parallel"),
+        ("staleness", "rollout.max_staleness_steps"),
+        ("optimizer.learning_rate", "optimizer"),
+        ("temperature", "rollout.sampling.temperature"),
+        ("rollout.temperature", "rollout.sampling.temperature"),
+    ],
+)
+def test_nearest_key_is_a_sensible_one(typed: str, meant: str) -> None:
+    assert (nearest(typed, config_fields()) or "").startswith(meant)
+
+
+def test_help_lists_every_group_and_key() -> None:
+    text = help_text()
+    for group in group_options():
+        assert f"  {group}=" in text
+    for key in config_fields():
+        assert f"  {key}=" in text
+
+
+def test_every_field_of_a_group_yaml_exists() -> None:
+    """Every option of every group composes (an experiment brings the rest itself)."""
+    for group, options in group_options().items():
+        for option in options:
+            compose_config([f"{group}={option}"])

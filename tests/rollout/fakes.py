@@ -1,0 +1,78 @@
+"""A scripted engine client and environment, for tests that need certain answers."""
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+
+from rollout.client import Generation
+from rollout.config import SamplingConfig
+from rollout.environments.base import Environment, EnvironmentStep, Message
+from rollout.tokens import Chat
+
+
+class ScriptedClient:
+    """Answers every prompt by `answer(text)`; counts calls. Implements EngineClient.generate."""
+
+    def __init__(self, chat: Chat, answer: Callable[[str], str], version: int = 0) -> None:
+        self.chat = chat
+        self.answer = answer
+        self.version = version
+        self.calls: list[list[int]] = []
+        self.gate: asyncio.Event | None = None
+        """Set: calls wait for it."""
+
+    async def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int]
+    ) -> list[Generation]:
+        self.calls.append(seeds)
+        if self.gate is not None:
+            await self.gate.wait()
+        await asyncio.sleep(0)
+        return [self._generation(prompt, sampling.max_new_tokens) for prompt in prompts]
+
+    def _generation(self, prompt: list[int], budget: int) -> Generation:
+        tokens = [*self.chat.tokens(self.answer(self.chat.text(prompt))), self.chat.end_id]
+        stopped = len(tokens) <= budget
+        tokens = tokens[:budget]
+        return Generation(
+            token_ids=np.array(tokens, dtype=np.int32),
+            logprobs=np.full(len(tokens), -0.5, dtype=np.float32),
+            versions=np.full(len(tokens), self.version, dtype=np.int32),
+            finish="stop" if stopped else "length",
+            end_token=stopped,
+        )
+
+
+class EchoEnvironment(Environment):
+    """Asks `num_turns` times; every reply that repeats the question pays 1."""
+
+    hold_out = False
+
+    def __init__(self, *, seed: int, num_turns: int = 2, trouble: str = "") -> None:
+        self.num_turns = num_turns
+        self.turn = 0
+        self.trouble = trouble
+
+    async def initial_messages(self) -> list[Message]:
+        if self.trouble == "prompt":
+            raise RuntimeError("no prompt today")
+        return [{"role": "user", "content": "q0"}]
+
+    async def step(self, reply: str) -> EnvironmentStep:
+        if self.trouble == "raises":
+            raise KeyError("boom")
+        if self.trouble == "hangs":
+            await asyncio.sleep(3600)
+        reward = float(reply == f"q{self.turn}")
+        self.turn += 1
+        if self.turn == self.num_turns:
+            return EnvironmentStep(reward=reward)
+        message: Message = {"role": "user", "content": f"q{self.turn}"}
+        return EnvironmentStep(messages=[message], reward=reward, done=False)
+
+    def identity(self) -> str:
+        return "echo"
+
+    def describe(self) -> dict[str, str]:
+        return {"prompt": "q0", "answer": "q0"}

@@ -1,0 +1,183 @@
+"""The engine client against servers that misbehave; test_engine.py has the real one."""
+
+import asyncio
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+from aiohttp import web
+
+from rollout.client import EngineClient, EngineFailure, Generation
+from rollout.config import EngineConfig, SamplingConfig
+
+GOOD = {
+    "text": "ab",
+    "output_ids": [5, 6, 2],
+    "meta_info": {
+        "finish_reason": {"type": "stop", "matched": 2},
+        "output_token_logprobs": [[-0.5, 5, None], [-1.25, 6, None], [-0.0, 2, None]],
+        "weight_version": "4",
+        "weight_versions": [
+            {"version": "3", "start": 0, "end": 2},
+            {"version": "4", "start": 2, "end": 3},
+        ],
+    },
+}
+
+
+def ask(*handlers: Callable, num_prompts: int = 1, **config) -> list[Generation]:
+    """One call of the client to fake engines, one for each handler."""
+
+    async def main() -> list[Generation]:
+        runners, urls = [], []
+        for handler in handlers:
+            app = web.Application()
+            app.router.add_post("/generate", handler)
+            runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            urls.append(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}")
+            runners.append(runner)
+        try:
+            async with EngineClient(urls, "secret", EngineConfig(**config)) as client:
+                sampling = SamplingConfig(max_new_tokens=4, stop=["x"])
+                seeds = list(range(num_prompts))
+                return await client.generate([[1, 2]] * num_prompts, sampling, seeds)
+        finally:
+            for runner in runners:
+                await runner.cleanup()
+
+    return asyncio.run(main())
+
+
+def reply_with(body: object, status: int = 200) -> Callable:
+    async def handler(request: web.Request) -> web.Response:
+        text = body if isinstance(body, str) else json.dumps(body)
+        return web.Response(text=text, status=status)
+
+    return handler
+
+
+def changed(**meta) -> list[dict]:
+    reply = copy.deepcopy(GOOD)
+    reply["meta_info"].update(meta)
+    return [reply]
+
+
+def test_a_good_reply_becomes_arrays():
+    seen = {}
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.update(await request.json(), authorization=request.headers["Authorization"])
+        return web.json_response([GOOD, GOOD])
+
+    first, second = ask(handler, num_prompts=2)
+    assert first.token_ids.tolist() == second.token_ids.tolist() == [5, 6, 2]
+    assert first.logprobs.tolist() == [-0.5, -1.25, 0.0]
+    assert first.versions.tolist() == [3, 3, 4]
+    assert (first.finish, first.end_token) == ("stop", True)
+    assert seen["authorization"] == "Bearer secret"
+    assert seen["input_ids"] == [[1, 2], [1, 2]]
+    assert [params["sampling_seed"] for params in seen["sampling_params"]] == [0, 1]
+    assert seen["sampling_params"][0]["stop"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("nonsense", "refused"),
+        ([], "0 replies to 1 prompts"),
+        ([GOOD, GOOD], "2 replies to 1 prompts"),
+        ([{"output_ids": [1]}], "meta_info"),
+        (GOOD, "refused"),
+        (changed(output_token_logprobs=[[-0.5, 5, None]]), "log-probs are not those"),
+        (changed(output_token_logprobs=[[-0.5, 5, ""], [-1, 9, ""], [-1, 2, ""]]), "not those"),
+        (changed(output_token_logprobs=[[None, 5, ""], [-1, 6, ""], [-1, 2, ""]]), "float"),
+        (changed(output_token_logprobs=[[0.5, 5, ""], [-1, 6, ""], [-1, 2, ""]]), "<= 0"),
+        (changed(weight_versions=[{"version": "3", "start": 0, "end": 2}]), "cover 2 of 3"),
+        (changed(weight_versions=[{"version": "3", "start": 1, "end": 3}]), "do not cover"),
+        (changed(weight_versions=None, weight_version="default"), "'default', not a number"),
+        (changed(finish_reason={"type": "banana"}), "banana"),
+        (changed(finish_reason=None), "finish_reason"),
+        ([GOOD | {"output_ids": []}], "0 tokens where 1 to 4"),
+        ([GOOD | {"output_ids": [1] * 5}], "5 tokens where 1 to 4"),
+        ([GOOD | {"output_ids": "12"}], "output_ids"),
+    ],
+)
+def test_rubbish_is_refused_at_once_with_the_reason(body, reason):
+    with pytest.raises(EngineFailure, match=reason) as error:
+        ask(reply_with(body), max_retries=50)
+    assert "\n" not in str(error.value)
+
+
+def test_a_refused_request_is_not_repeated():
+    with pytest.raises(EngineFailure, match=r"status 400: too long"):
+        ask(reply_with("too long", 400), max_retries=50)
+    refusal = {"type": "abort", "message": "prompt too long", "status_code": 400}
+    with pytest.raises(EngineFailure, match=r"refuses the request: prompt too long"):
+        ask(reply_with(changed(finish_reason=refusal)), max_retries=50)
+
+
+def test_passing_trouble_is_tried_again_elsewhere():
+    calls = []
+
+    async def flaky(request: web.Request) -> web.Response:
+        calls.append("flaky")
+        if len(calls) == 1:
+            return web.Response(status=503)
+        if len(calls) == 2:
+            return web.json_response(changed(finish_reason={"type": "abort", "message": "paused"}))
+        if len(calls) == 3:
+            request.transport.close()
+        return web.json_response([GOOD])
+
+    (generation,) = ask(flaky)
+    assert generation.finish == "stop"
+    assert len(calls) == 4
+
+
+def test_trouble_that_stays_ends_with_the_reason():
+    with pytest.raises(EngineFailure, match=r"after 3 attempts.*status 500: out of memory"):
+        ask(reply_with("out of memory", 500), max_retries=2)
+
+
+def test_a_silent_engine_is_given_up_in_time():
+    async def silent(request: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    with pytest.raises(EngineFailure, match=r"request_timeout_s=0.5"):
+        ask(silent, request_timeout_s=0.5)
+
+
+def test_calls_spread_over_engines():
+    counts = [0, 0]
+
+    def counting(k: int) -> Callable:
+        async def handler(request: web.Request) -> web.Response:
+            counts[k] += 1
+            await asyncio.sleep(0.2)
+            return web.json_response([GOOD])
+
+        return handler
+
+    async def main() -> None:
+        runners, urls = [], []
+        for k in range(2):
+            app = web.Application()
+            app.router.add_post("/generate", counting(k))
+            runner = web.AppRunner(app)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            urls.append(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}")
+            runners.append(runner)
+        async with EngineClient(urls, "", EngineConfig()) as client:
+            await asyncio.gather(*(client.generate([[1]], SamplingConfig(), [0]) for _ in range(6)))
+        for runner in runners:
+            await runner.cleanup()
+
+    asyncio.run(main())
+    assert counts == [3, 3]

@@ -1,0 +1,123 @@
+import asyncio
+
+import numpy as np
+import pytest
+
+from rollout.client import EngineFailure
+from rollout.config import SamplingConfig
+from rollout.generate import Episode, Generator
+from rollout.rewards import REWARDS, Reward, Task
+from rollout.tokens import Chat
+from rollout.types import Sample, Status
+from tests.rollout.fakes import EchoEnvironment, ScriptedClient
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_dir) -> Chat:
+    return Chat.load(str(tiny_model_dir))
+
+
+def last_question(text: str) -> str:
+    return text[-2:]
+
+
+def run(
+    chat: Chat, environments: list[EchoEnvironment], **changes
+) -> tuple[list[Sample], ScriptedClient]:
+    answer = changes.pop("answer", last_question)
+    client = ScriptedClient(chat, answer, changes.pop("engine_version", 0))
+    version = changes.pop("version", 0)
+    settings = {
+        "client": client,
+        "chat": chat,
+        "sampling": SamplingConfig(max_new_tokens=16),
+        "reward": REWARDS["environment"],
+        "timeout_s": 0.2,
+    }
+    generator = Generator(**(settings | changes))
+    episodes = [
+        Episode(environment=environment, group_id=3, index=k, seed=100 + k)
+        for k, environment in enumerate(environments)
+    ]
+    return asyncio.run(generator.run(episodes, version)), client
+
+
+def test_a_group_costs_one_engine_call_for_its_first_turn(chat):
+    samples, client = run(chat, [EchoEnvironment(seed=0, num_turns=1) for _ in range(4)])
+    assert client.calls == [[100, 101, 102, 103]]
+    for k, sample in enumerate(samples):
+        assert (sample.group_id, sample.index, sample.reward, sample.status) == (
+            3,
+            k,
+            1.0,
+            "stopped",
+        )
+        assert chat.text(sample.tokens) == "<bos>q0q0<eos>"
+        assert sample.loss_mask.tolist() == [1, 1, 1]
+        assert sample.rewards == {"environment": 1.0}
+        assert sample.metadata["answer"] == "q0"
+
+
+def test_turns_of_the_environment_are_not_trained_on(chat):
+    (sample,), client = run(chat, [EchoEnvironment(seed=0, num_turns=3)])
+    assert chat.text(sample.tokens) == "<bos>q0q0<eos>q1q1<eos>q2q2<eos>"
+    assert sample.loss_mask.tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1]
+    assert sample.turn_starts.tolist() == [0, 5, 10]
+    assert sample.reward == 3.0
+    assert (sample.versions[sample.loss_mask == 0] == -1).all()
+    seeds = [seed for call in client.calls for seed in call]
+    assert len(set(seeds)) == 3
+    again, _ = run(chat, [EchoEnvironment(seed=0, num_turns=3)])
+    assert np.array_equal(again[0].tokens, sample.tokens)
+
+
+def test_the_token_budget_covers_all_turns(chat):
+    sampling = SamplingConfig(max_new_tokens=7)
+    (sample,), _ = run(chat, [EchoEnvironment(seed=0, num_turns=3)], sampling=sampling)
+    assert sample.status is Status.TRUNCATED
+    assert sample.response_length == 7
+    assert sample.reward == 1.0  # the second reply was cut off: not scored
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [("prompt", "no prompt today"), ("raises", "boom"), ("hangs", "no answer within 0.2 s")],
+)
+def test_a_failing_environment_costs_its_own_sample_only(chat, trouble, reason):
+    environments = [EchoEnvironment(seed=0), EchoEnvironment(seed=0, trouble=trouble)]
+    (good, bad), _ = run(chat, environments)
+    assert (good.status, good.reward) == (Status.STOPPED, 2.0)
+    assert bad.status is Status.FAILED
+    assert reason in bad.metadata["error"]
+    assert not bad.loss_mask.any()
+    assert bad.reward == 0.0
+    bad.check()
+
+
+async def raising(sample: Sample, task: Task) -> Reward:
+    raise ZeroDivisionError("in a reward")
+
+
+async def hanging(sample: Sample, task: Task) -> Reward:
+    await asyncio.sleep(3600)
+    return Reward(value=0.0)
+
+
+async def infinite(sample: Sample, task: Task) -> Reward:
+    return Reward(value=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [(raising, "ZeroDivisionError"), (hanging, "reward: no answer"), (infinite, "reward is inf")],
+)
+def test_a_failing_reward_is_a_status_not_a_stall(chat, reward, reason):
+    (sample,), _ = run(chat, [EchoEnvironment(seed=0)], reward=reward)
+    assert sample.status is Status.FAILED
+    assert reason in sample.metadata["error"]
+    assert not sample.loss_mask.any()
+
+
+def test_tokens_of_weights_older_than_published_stop_the_run(chat):
+    with pytest.raises(EngineFailure, match=r"version 1 where the run is at 2"):
+        run(chat, [EchoEnvironment(seed=0)], version=2, engine_version=1)

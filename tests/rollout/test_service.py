@@ -1,0 +1,272 @@
+"""The rollout process's HTTP interface and its client, over real sockets."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import uvicorn
+
+from rollout.buffer import DataBuffer
+from rollout.client import EngineFailure
+from rollout.config import DataConfig, SamplingConfig
+from rollout.data import PromptStream
+from rollout.evaluate import Evaluator
+from rollout.generate import Generator
+from rollout.journal import list_steps, read_step
+from rollout.messages import VersionRequest
+from rollout.producer import Producer
+from rollout.rewards import REWARDS
+from rollout.service import Service
+from rollout.source import BufferClient, RolloutFailure
+from rollout.tokens import Chat
+from rollout.wire import encode
+from tests.rollout.fakes import ScriptedClient
+
+TOKEN = "the-token-of-this-run"
+
+
+@dataclass
+class Running:
+    url: str
+    client: ScriptedClient
+    rollouts: object
+    loop: asyncio.AbstractEventLoop
+    service: Service
+
+    def source(self, timeout_s: float = 20.0, token: str = TOKEN) -> BufferClient:
+        return BufferClient(self.url, token, timeout_s)
+
+    def post(self, path: str, body: bytes, token: str = TOKEN) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.post(self.url + path, content=body, headers=headers, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model_dir) -> Chat:
+    return Chat.load(str(tiny_model_dir))
+
+
+def sorted_digits(text: str) -> str:
+    return "".join(sorted(text.removeprefix("<bos>").removesuffix("=")))
+
+
+@pytest.fixture
+def running(chat, tmp_path) -> Iterator[Running]:
+    """Two prompts a step, three samples each, at most one step stale, in a thread of its own."""
+    ready = threading.Event()
+    box: dict = {}
+
+    async def main() -> None:
+        client = ScriptedClient(chat, sorted_digits)
+        generator = Generator(
+            client=client,  # pyright: ignore[reportArgumentType]
+            chat=chat,
+            sampling=SamplingConfig(),
+            reward=REWARDS["environment"],
+            timeout_s=5.0,
+        )
+        data = DataConfig(eval_num_prompts=5)
+        producer = Producer(
+            buffer=DataBuffer(groups_per_step=2, max_staleness_steps=1),
+            prompts=PromptStream(data, 0, "train"),
+            generator=generator,
+            samples_per_prompt=3,
+            seed=0,
+            rollouts=tmp_path,
+            max_running_groups=8,
+        )
+        evaluator = Evaluator(
+            data=data, seed=0, generator=generator, results=tmp_path / "eval.jsonl"
+        )
+        service = Service(producer=producer, evaluator=evaluator, token=TOKEN, max_body_bytes=1000)
+        server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error"))
+        server.install_signal_handlers = lambda: None
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            loop = asyncio.get_running_loop()
+            box["running"] = Running(url, client, tmp_path, loop, service)
+            ready.set()
+            await service.finished.wait()
+            server.should_exit = True
+            await serving
+        await producer.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    yield box["running"]
+    with contextlib.suppress(RuntimeError):
+        box["running"].loop.call_soon_threadsafe(box["running"].service.finished.set)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_steps_are_delivered_once_journaled_and_repeatable(running):
+    source = running.source()
+    assert source.health().policy_version == -1
+    source.publish(0)
+    batch = source.take(0)
+    assert [(s.group_id, s.index) for s in batch.samples] == [
+        (g, i) for g in (0, 1) for i in range(3)
+    ]
+    assert batch.metrics["rollout/accuracy"] == 1.0
+    assert source.take(0) == batch
+    assert running.source().take(0) == batch
+    (path,) = list_steps(running.rollouts)
+    assert read_step(path)[0] == batch
+    fetched = source.fetch(0, [4, 1])
+    assert [(s.group_id, s.index) for s in fetched] == [(1, 1), (0, 1)]
+    for version in range(1, 5):
+        running.client.version = version
+        source.publish(version)
+        assert source.take(version).step == version
+    # No longer in memory: from the journal.
+    assert source.take(0) == batch
+    assert source.fetch(0, [4])[0].tokens.tolist() == fetched[0].tokens.tolist()
+    source.finish()
+
+
+def test_many_ranks_asking_at_once_get_the_same_batch(running):
+    running.client.gate = asyncio.Event()
+    results: list = []
+    threads = [
+        threading.Thread(target=lambda: results.append(running.source().take(0))) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    running.source().publish(0)
+    time.sleep(0.3)
+    running.loop.call_soon_threadsafe(running.client.gate.set)
+    for thread in threads:
+        thread.join(20)
+    assert len(results) == 6
+    assert all(result == results[0] for result in results)
+    assert len(list_steps(running.rollouts)) == 1
+
+
+def test_evaluation_measures_the_version_it_was_asked_for(running):
+    source = running.source()
+    result = source.evaluate(0)
+    assert (result.version, result.accuracy, result.num_prompts) == (0, 1.0, 5)
+    assert '"accuracy": 1.0' in (running.rollouts / "eval.jsonl").read_text()
+    with pytest.raises(RolloutFailure, match=r"evaluation of version 3: .* \[0\]|version 0 where"):
+        source.evaluate(3)
+
+
+def test_requests_need_the_token(running):
+    for token in ("x", TOKEN[:-1], TOKEN + "x"):
+        reply = running.post("/version", encode(VersionRequest(version=0)), token)
+        assert reply.status_code == 401
+        with pytest.raises(RolloutFailure, match=r"token is missing or wrong"):
+            running.source(token=token).publish(0)
+    assert httpx.get(running.url + "/health", trust_env=False).status_code == 401
+    assert running.source().health().policy_version == -1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/batch", b"", 400),
+        ("/batch", b"\xff\xff\xff", 400),
+        ("/batch", encode({"step": "zero"}), 400),
+        ("/batch", encode({"step": -1}), 400),
+        ("/batch", encode({"stepp": 0}), 400),
+        ("/batch", encode({"step": 7}), 409),
+        ("/batch", b"x" * 1001, 413),
+        ("/samples", encode({"step": 0, "indices": [0]}), 409),
+        ("/samples", encode({"step": 0, "indices": "all"}), 400),
+        ("/samples", encode({"step": -1, "indices": [0]}), 400),
+        ("/version", encode({"version": -3}), 400),
+        ("/version", b"\xcf" + b"\xff" * 8, 400),
+        ("/evaluate", encode([1, 2]), 400),
+        ("/nowhere", b"", 404),
+    ],
+)
+def test_malformed_requests_get_one_line_and_change_nothing(running, path, body, status):
+    reply = running.post(path, body)
+    assert reply.status_code == status
+    assert "\n" not in reply.text
+    assert reply.text
+    assert running.source().health().policy_version == -1
+
+
+def test_a_body_without_a_length_is_cut_off_too(running):
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 100
+
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    reply = httpx.post(running.url + "/batch", content=endless(), headers=headers, trust_env=False)
+    assert reply.status_code == 413
+
+
+def test_sample_indices_and_versions_out_of_range(running):
+    source = running.source()
+    source.publish(0)
+    source.take(0)
+    with pytest.raises(RolloutFailure, match=r"step 0 has 6 samples, not \[6, -1\]"):
+        source.fetch(0, [0, 6, -1])
+    source.publish(1)
+    with pytest.raises(RolloutFailure, match=r"version 0 was published after version 1"):
+        source.publish(0)
+
+
+def test_waiting_ranks_learn_why_generation_ended(running):
+    async def broken(*arguments: object) -> None:
+        await asyncio.sleep(0.3)
+        raise EngineFailure("the engine is on fire")
+
+    running.client.generate = broken
+    source = running.source()
+    source.publish(0)
+    with pytest.raises(RolloutFailure, match=r"the engine is on fire"):
+        source.take(0)
+    with pytest.raises(RolloutFailure, match=r"the engine is on fire"):
+        source.publish(0)
+    assert source.health().failure == "the engine is on fire"
+
+
+def test_a_wait_is_bounded_and_says_what_is_missing(running, monkeypatch):
+    monkeypatch.setattr("rollout.service._LONG_POLL_S", 0.2)
+    running.client.gate = asyncio.Event()
+    source = running.source(timeout_s=0.5)
+    source.publish(0)
+    with pytest.raises(TimeoutError, match=r"batch_timeout_s=0.5.*0 groups finished and 4 running"):
+        source.take(0)
+
+
+def test_a_process_that_is_gone_is_reported(monkeypatch):
+    monkeypatch.setattr("rollout.source._RECONNECT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(RolloutFailure, match=r"is gone"):
+        BufferClient(f"http://127.0.0.1:{port}", TOKEN, 5.0).take(0)
+
+
+def test_all_samples_of_a_step_failing_ends_the_run(running):
+    async def no_reward(sample: object, task: object) -> None:
+        raise RuntimeError("the judge is away")
+
+    running.service._producer._generator.reward = no_reward
+    source = running.source()
+    source.publish(0)
+    with pytest.raises(RolloutFailure, match=r"every sample of step 0 failed.*the judge is away"):
+        source.take(0)
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run(running, monkeypatch):
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rollout.producer.write_step", full)
+    source = running.source()
+    source.publish(0)
+    with pytest.raises(RolloutFailure, match=r"journal cannot be written: no space"):
+        source.take(0)
