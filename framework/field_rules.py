@@ -114,7 +114,7 @@ def _problem(key: str, value: Any) -> str | None:
     options = CHOICES.get(key) or (table_keys(*TABLES[key]) if key in TABLES else None)
     if options is not None and value not in options:
         return f"must be one of {', '.join(options)}"
-    if key == "name" and (not value or "/" in value):
+    if key == "name" and (not value or "/" in str(value)):
         return "a directory name is wanted"
     if key == "rollout.port" and value > 65535:
         return "a port is at most 65535 (0: any free one)"

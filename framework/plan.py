@@ -149,9 +149,11 @@ def _time(config: RunConfig, shape: ModelShape) -> list[str]:
     return lines
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
+    """1,536 -> 1.5 KiB"""
+    unit = "B"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
-            return f"{count:,.1f} {unit}" if unit != "B" else f"{count} B"
+            break
         count /= 1024
-    raise AssertionError
+    return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"

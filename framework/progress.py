@@ -58,7 +58,9 @@ class RunHistory:
         """Take in the lines written since the last call; the new ones are returned."""
         rows = self._reader.poll()
         for row in rows:
-            known = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            known: dict[str, float] = {
+                key: value for key, value in row.items() if isinstance(value, int | float)
+            }
             self.latest.update({key: value for key, value in known.items() if key != "step"})
             if "eval/accuracy" in known:
                 self.accuracies.append(known["eval/accuracy"])

@@ -128,5 +128,6 @@ def load_rollout_run(config_path: Path) -> RolloutRun:
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, ours))  # pyright: ignore
     except (OmegaConfBaseException, KeyError) as error:
+        key = getattr(error, "full_key", None) or "model"
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{config_path}: {reason}") from error
+        raise ValueError(f"{config_path}: {key}: {reason}") from error

@@ -229,15 +229,26 @@ def failure_reason(tail: list[str]) -> str:
     """The line of a log that says why the process failed; "" where none does.
 
     Preferred: the role's own one-line reason, then a line that ends a traceback; the first that is
-    a cause and not what the death of one rank does to the others.
+    a cause and not what the death of one rank does to the others. Where nobody said anything (a
+    rank was killed), torchrun's account of who ended first.
     """
     lines = [line.strip() for line in tail]
     for wanted in (_is_own_reason, _ends_traceback):
         found = [line for line in lines if wanted(line)]
         causes = [line for line in found if not any(word in line for word in _CONSEQUENCES)]
-        if found:
-            return causes[0] if causes else found[-1]
-    return ""
+        if causes:
+            return causes[0]
+    return _killed_rank(lines)
+
+
+def _killed_rank(lines: list[str]) -> str:
+    """torchrun's own account of a rank that ended without a word; "" where there is none."""
+    start = next((i for i, line in enumerate(lines) if line.startswith("Root Cause")), len(lines))
+    account = [line.partition(":") for line in lines[start:]]
+    facts = {name.strip(): value.strip() for name, colon, value in account if colon}
+    if "rank" not in facts or "exitcode" not in facts:
+        return ""
+    return f"rank {facts['rank']} ended first, with exit code {facts['exitcode']}"
 
 
 def _is_own_reason(line: str) -> bool:

@@ -40,11 +40,15 @@ def invariant_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if num_rows == 0 or rows.shape[1] == 0:
         return torch.zeros(num_rows, columns, dtype=rows.dtype)
     transposed = weight.stride(0) == 1
-    sizes = _invariant_sizes(rows.shape[1], columns, rows.dtype, transposed)
+    width, sizes = _invariant_shape(rows.shape[1], columns, rows.dtype, transposed)
+    if width != columns:
+        weight = torch.nn.functional.pad(weight.t(), (0, 0, 0, width - columns)).t()
     if num_rows <= sizes[-1]:
-        return _padded_mm(rows, weight, sizes)[:num_rows]
-    pieces = [_padded_mm(piece, weight, sizes) for piece in rows.split(sizes[-1])]
-    return torch.cat(pieces)[:num_rows]
+        product = _padded_mm(rows, weight, sizes)
+    else:
+        pieces = [_padded_mm(piece, weight, sizes) for piece in rows.split(sizes[-1])]
+        product = torch.cat(pieces)
+    return product[:num_rows, :columns]
 
 
 def _invariant_addmm(
@@ -76,10 +80,28 @@ def _plain_mm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @cache
+def _invariant_shape(
+    depth: int, columns: int, dtype: torch.dtype, transposed: bool
+) -> tuple[int, tuple[int, ...]]:
+    """Number of columns to compute and numbers of rows that give a row the same bits; by trying.
+
+    Very narrow products can depend on a row's place; zero columns take them out of that range.
+    """
+    for multiple in (1, 16, 64):
+        width = -(-columns // multiple) * multiple
+        # A widened weight is laid out as a transposed one.
+        if sizes := _invariant_sizes(depth, width, dtype, transposed or width != columns):
+            return width, sizes
+    raise RuntimeError(
+        f"no batch-invariant product on this machine: [rows, {depth}] @ [{depth}, {columns}] in "
+        f"{dtype} depends on the row's place; set rollout.engine.deterministic=false"
+    )
+
+
 def _invariant_sizes(
     depth: int, columns: int, dtype: torch.dtype, transposed: bool
 ) -> tuple[int, ...]:
-    """Those of ROW_SIZES under which a row's bits are those it has among 16; found by trying."""
+    """Those of ROW_SIZES under which a row's bits are those it has among the fewest; or none."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(ROW_SIZES[-1], depth, generator=generator).to(dtype)
     shape = (columns, depth) if transposed else (depth, columns)
@@ -89,10 +111,7 @@ def _invariant_sizes(
     expected = torch.cat([_plain_mm(piece, weight) for piece in rows.split(base)])
     order = torch.randperm(base, generator=generator)
     if not torch.equal(_plain_mm(rows[:base][order], weight), expected[:base][order]):
-        raise RuntimeError(
-            f"no batch-invariant product on this machine: [{base}, {depth}] @ [{depth}, {columns}] "
-            f"in {dtype} depends on a row's place; set rollout.engine.deterministic=false"
-        )
+        return ()
     return tuple(
         size for size in ROW_SIZES if torch.equal(_plain_mm(rows[:size], weight), expected[:size])
     )

@@ -234,4 +234,7 @@ def test_reason_is_the_cause_not_what_it_did_to_other_ranks() -> None:
     ]
     assert failure_reason(log) == "[rank0]: ValueError: num_steps=4: too few"
     assert failure_reason([*log, "trainer: GateError: step 0: differ"]).startswith("trainer: GateE")
+    killed = [*log[-1:], "Root Cause (first observed failure):", "[0]:", "  rank      : 1 (local)"]
+    killed += ["  exitcode  : -9 (pid: 7)", "  traceback : Signal 9 (SIGKILL) received by PID 7"]
+    assert failure_reason(killed) == "rank 1 (local) ended first, with exit code -9 (pid: 7)"
     assert failure_reason(["all is well", "INFO: 200 OK"]) == ""
