@@ -6,17 +6,15 @@ Nothing heavy is imported: model and package facts are read from files.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from framework.cluster_checks import cluster_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
-from framework.launch.devices import visible_gpus
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
 from rollout.data import PromptStream
-
 
 DIVISORS = {
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
@@ -44,7 +42,7 @@ def check_config(config: RunConfig) -> list[str]:
         errors += _layout(config, shape)
         errors += _lengths(config, shape)
     errors += _paths(config)
-    errors += _cluster(config)
+    errors += cluster_errors(config)
     errors += passthrough_errors(config)
     # Last, and only where all else is right: it imports the environment's package.
     return errors or list(_task(config))
@@ -245,63 +243,3 @@ def _paths(config: RunConfig) -> Iterator[str]:
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield f"run_dir={config.run_dir}: {existing} is not a directory that can be written"
-
-
-def _cluster(config: RunConfig) -> Iterator[str]:
-    cluster, parallel, engine = config.cluster, config.parallel, config.rollout.engine
-    engine_gpus = 0 if engine.urls else engine.num_engines * engine.tp
-    if cluster.launcher == "local":
-        gpus = visible_gpus()
-        if engine.device == "cuda" and not gpus:
-            yield "rollout.engine.device=cuda: this machine has no GPU; use auto or cpu"
-        if cluster.num_nodes != 1:
-            yield f"cluster.num_nodes={cluster.num_nodes}: cluster=local is one machine"
-        needed = _local_gpus(config, engine_gpus)
-        if gpus and engine.device != "cpu" and needed > len(gpus):
-            yield (
-                f"parallel.dp={parallel.dp}: trainers ({parallel.world_size}) and engines "
-                f"({engine_gpus}) need {needed} GPUs, this machine has {len(gpus)}"
-            )
-    if cluster.launcher == "slurm":
-        yield from _slurm(config, engine_gpus)
-
-
-def _local_gpus(config: RunConfig, engine_gpus: int) -> int:
-    trainers = config.parallel.world_size
-    if config.mode == "train_only" or config.stage == "sft":
-        return trainers
-    return engine_gpus + (trainers if config.mode == "train" else 0)
-
-
-def _slurm(config: RunConfig, engine_gpus: int) -> Iterator[str]:
-    cluster, parallel = config.cluster, config.parallel
-    if not config.dry_run and shutil.which("sbatch") is None:
-        yield "cluster.launcher=slurm: no sbatch on this machine; dry_run=true shows the script"
-    if cluster.trainer_nodes + cluster.engine_nodes > cluster.num_nodes:
-        yield (
-            f"cluster.num_nodes={cluster.num_nodes}: fewer than cluster.trainer_nodes="
-            f"{cluster.trainer_nodes} and cluster.engine_nodes={cluster.engine_nodes} together"
-        )
-    if parallel.world_size % cluster.trainer_nodes:
-        yield (
-            f"cluster.trainer_nodes={cluster.trainer_nodes}: does not divide the "
-            f"{parallel.world_size} trainers"
-        )
-    per_node = -(-parallel.world_size // cluster.trainer_nodes)
-    if config.rollout.engine.device != "cpu":
-        on_trainers = engine_gpus if cluster.engine_nodes == 0 else 0
-        if per_node + -(-on_trainers // cluster.trainer_nodes) > cluster.gpus_per_node:
-            yield (
-                f"cluster.gpus_per_node={cluster.gpus_per_node}: {per_node} trainers"
-                + (" and their engines" if on_trainers else "")
-                + f" would share a node; raise cluster.trainer_nodes={cluster.trainer_nodes}"
-            )
-        if cluster.engine_nodes and engine_gpus > cluster.engine_nodes * cluster.gpus_per_node:
-            yield (
-                f"cluster.engine_nodes={cluster.engine_nodes}: {engine_gpus} engine GPUs do not "
-                f"fit on them with cluster.gpus_per_node={cluster.gpus_per_node}"
-            )
-    hosts = {"rollout.host": config.rollout.host, "rollout.engine.host": config.rollout.engine.host}
-    for key, host in hosts.items():
-        if host in ("127.0.0.1", "localhost") and cluster.num_nodes > 1:
-            yield f"{key}={host}: other nodes cannot reach it; set {key}=0.0.0.0"

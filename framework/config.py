@@ -1,4 +1,4 @@
-"""Every field of a run, with its type, default and meaning. YAML holds choices and differences only.
+"""Every field of a run, with its type, default and meaning. YAML holds choices only.
 
 `framework.compose` builds a RunConfig from Hydra groups and command-line overrides;
 `framework.checks` refuses what cannot work, before anything starts.
@@ -157,7 +157,7 @@ class ClusterConfig:
     """Where the roles run."""
 
     launcher: str = "local"
-    """local: this machine | slurm: one sbatch job | manual: write the run directory, print commands."""
+    """local: this machine | slurm: one sbatch job | manual: write the run directory, tell how."""
     num_nodes: int = 1
     gpus_per_node: int = 8
     cpus_per_task: int = 8
@@ -171,7 +171,7 @@ class ClusterConfig:
     extra_sbatch: list[str] = field(default_factory=list)
     """Further #SBATCH lines, verbatim."""
     setup: str = ""
-    """Shell lines run on every node before a role starts (module load, source .venv/bin/activate)."""
+    """Shell lines that every node runs before a role starts (source .venv/bin/activate)."""
     stop_timeout_s: float = 20.0
     """How long roles may take to end when asked, before they are killed."""
 

@@ -50,7 +50,7 @@ def create_tiny_model(config: TinyModelConfig, path: str | Path) -> None:
         head_dim=config.hidden_size // config.num_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=config.tied,
-        rope_theta=10000.0,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
         initializer_range=0.02,
         bos_token_id=SPECIAL.index("<bos>"),
         eos_token_id=SPECIAL.index("<eos>"),
@@ -63,7 +63,7 @@ def create_tiny_model(config: TinyModelConfig, path: str | Path) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.data.mul_((2 * config.num_layers) ** -0.5)
-    model.to(torch.float32).save_pretrained(path)
+    model.float().save_pretrained(path)
     tokenizer.save_pretrained(path)
     stamp.write_text(json.dumps({"config_sha256": wanted}))
 

@@ -11,6 +11,9 @@ answers 'torch.cuda.FloatTensor' to callers inside megatron.core.optimizer, whic
 Each patch says when it can go. All of them hold for megatron-core 0.19.2 only, which is checked.
 """
 
+# Replacing attributes of modules and classes is what this file is for.
+# pyright: reportAttributeAccessIssue=false
+
 import collections
 import contextlib
 import functools

@@ -28,6 +28,8 @@ from framework.megatron.torch_spec import torch_block_spec
 from megatron_bridge.layout import padded_vocab_size
 from megatron_bridge.models import describe
 
+APEX_FUSION = "fused_weight_gradient_mlp_cuda"
+"""The extension that an apex built from NVIDIA's source has, and its namesake has not."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Longest rotary table; megatron builds it lazily, by the longest sequence of a batch.
 MAX_POSITIONS = 1 << 20
@@ -63,6 +65,19 @@ def read_hf_config(hf_dir: str | Path) -> dict[str, Any]:
     return json.loads((Path(hf_dir) / "config.json").read_text())
 
 
+def machine_settings(*, gpu: bool, transformer_engine: bool, apex: bool) -> dict[str, bool]:
+    """TransformerConfig's fields that depend on what the machine has, and on nothing else."""
+    return {
+        "use_cpu_initialization": not gpu,
+        "gradient_accumulation_fusion": gpu and apex,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": gpu,
+        "apply_rope_fusion": transformer_engine,
+        "moe_grouped_gemm": transformer_engine,
+    }
+
+
 def transformer_config(
     hf_config: dict[str, Any], model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
@@ -70,8 +85,7 @@ def transformer_config(
 
     `model.megatron` overrides last. Dropout is 0: the trainer computes what the engine computes.
     """
-    gpu, dtype = torch.cuda.is_available(), DTYPES[model.dtype]
-    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    dtype = DTYPES[model.dtype]
     interleaved = parallel.vpp > 1
     settings: dict[str, Any] = {
         **describe(hf_config).transformer,
@@ -97,14 +111,12 @@ def transformer_config(
         # Losses arrive divided by the global count already (see step.py): gradients are summed.
         "calculate_per_token_loss": True,
         "deallocate_pipeline_outputs": True,
-        "use_cpu_initialization": not gpu,
         "perform_initialization": False,
-        "gradient_accumulation_fusion": gpu and has_apex,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "bias_dropout_fusion": gpu,
-        "apply_rope_fusion": uses_transformer_engine(),
-        "moe_grouped_gemm": uses_transformer_engine(),
+        **machine_settings(
+            gpu=torch.cuda.is_available(),
+            transformer_engine=uses_transformer_engine(),
+            apex=importlib.util.find_spec(APEX_FUSION) is not None,
+        ),
     }
     settings.update(model.megatron)
     return TransformerConfig(**settings)
@@ -121,6 +133,7 @@ def build_chunks(
     stages = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(stages) if stages else [None]:
+        spec: Any  # the annotation of GPTModel knows only one of the two kinds it takes
         if uses_transformer_engine():
             spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
         else:

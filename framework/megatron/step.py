@@ -1,6 +1,7 @@
 """Forward passes and updates: micro-batches in, log-probs or a trained policy and figures out."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class StepRunner:
             )
             return output, functools.partial(loss_function, batch)
 
-        models = self.policy.wrapped
+        models: list[Any] = list(self.policy.wrapped)
         # Every virtual stage walks the same micro-batches with an iterator of its own.
         iterators = [iter(microbatches) for _ in models]
         single = len(models) == 1
@@ -116,9 +117,9 @@ class StepRunner:
         self.policy.optimizer.zero_grad()
         self.policy.set_learning_rate(lr)
         reports = self._run(microbatches, evaluate, forward_only=False)
-        _, grad_norm, _ = self.policy.optimizer.step()
-        grad_norm = float(grad_norm)
-        if grad_norm != grad_norm or grad_norm in (float("inf"), float("-inf")):
+        outcome: Any = self.policy.optimizer.step()  # (succeeded, gradient norm, zero gradients)
+        grad_norm = float(outcome[1])
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(f"train/grad_norm is {grad_norm}; the update is not usable")
         return {**reduce_figures(reports, self.mesh), "train/grad_norm": grad_norm}
 

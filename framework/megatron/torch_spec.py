@@ -46,7 +46,8 @@ class TorchNorm(torch.nn.RMSNorm):
         if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
             raise ValueError("the torch spec has RMSNorm without zero-centered gamma only")
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # read by finalize_model_grads
+        # Read by finalize_model_grads.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,8 +134,8 @@ class TorchAttention(MegatronModule):
         padded = packed_seq_params.cu_seqlens_q_padded
         cu = tuple((padded if padded is not None else packed_seq_params.cu_seqlens_q).tolist())
         if cp_size > 1:
-            packed = (x.unsqueeze(1) for x in (query, key, value))
-            return self._context_parallel(*packed, cu).squeeze(1).flatten(1)
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            return self._context_parallel(query, key, value, cu).squeeze(1).flatten(1)
         return self._packed(query, key, value, cu)
 
     def _packed(
@@ -184,7 +185,8 @@ class TorchAttention(MegatronModule):
             mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device)
             mask = mask.tril(skipped)
         dropout = self.dropout if self.training else 0.0
-        fork = tensor_parallel.get_cuda_rng_tracker().fork
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+        fork = tracker.fork
         with fork() if dropout and not self.config.sequence_parallel else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 query,
@@ -214,6 +216,7 @@ def _layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     backend = TorchSpecProvider()
     norm = backend.layer_norm()
     # The checkpoint names of the TE spec, whose norms are fused into the linears.
+    bias_dropout_add: Any = get_bias_dropout_add  # annotated upstream as what it returns
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not num_experts:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -232,12 +235,12 @@ def _layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
                     k_layernorm=norm if config.qk_layernorm else IdentityOp,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec_for_backend(
                 backend=backend, num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),
     )

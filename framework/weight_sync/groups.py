@@ -36,7 +36,7 @@ def join_update_group(
         [],
         c10d.Backend(backend),
         dist.PrefixStore(name, store),
-        group_name=name,
+        group_name=c10d.GroupName(name),
         timeout=timeout,
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}

@@ -89,7 +89,7 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers on a machine that has GPUs."""
-    monkeypatch.setattr("framework.checks.visible_gpus", list)
+    monkeypatch.setattr("framework.cluster_checks.visible_gpus", list)
 
 
 @pytest.mark.parametrize(

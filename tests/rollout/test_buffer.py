@@ -81,7 +81,7 @@ def test_misuse_is_refused(misuse):
         buffer.publish(-1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     groups_per_step=st.integers(1, 4),
     eta=st.integers(0, 4),

@@ -18,10 +18,14 @@ def invariant(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("depth", "columns"), [(64, 128), (192, 64), (64, 69), (100, 30)])
-def test_a_row_of_a_product_does_not_depend_on_the_others(depth, columns, dtype):
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    ("depth", "columns"), [(64, 128), (192, 64), (64, 69), (100, 30), (64, 7), (64, 1)]
+)
+def test_a_row_of_a_product_does_not_depend_on_the_others(depth, columns, transposed, dtype):
     torch.manual_seed(0)
     weight = torch.randn(columns, depth).to(dtype).t()
+    weight = weight if transposed else weight.contiguous()
     rows = torch.randn(300, depth).to(dtype)
     whole = cpu_invariant.invariant_mm(rows, weight)
     exact = rows.double() @ weight.double()
@@ -131,32 +135,36 @@ def test_the_samplers_hash_is_murmur3():
 
 
 STUBS = """
-import sys
+import importlib, sys
 from rollout.server import stubs
-missing = stubs.install()
-assert stubs.install() == []
-if "triton" in missing:
-    import triton, triton.language as tl
 
-    @triton.jit
-    def kernel(x, n: tl.constexpr): pass
+sys.meta_path = [stubs._StubFinder({"triton", "no_such_package"}), *sys.meta_path]
+import triton, triton.language as tl
+from no_such_package.deep import Anything
 
-    assert kernel.__name__ == "kernel" and triton.cdiv(5, 2) == 3
+class Mine(Anything): pass
+
+@triton.autotune(configs=[], key=[])
+@triton.jit
+def kernel(x, n: tl.constexpr): raise AssertionError("a stub ran")
+
+assert kernel.__name__ == "kernel" and isinstance(Mine(), Anything)
+assert triton.cdiv(5, 2) == 3 and triton.next_power_of_2(5) == 8
+for launch in (lambda: kernel[(1,)](0), lambda: kernel(0)):
     try:
-        kernel[(1,)](0)
+        launch()
     except RuntimeError as error:
         assert "triton kernel kernel was launched" in str(error)
     else:
         raise SystemExit("a stub ran")
 try:
-    import surely_no_such_package
+    import another_package
 except ImportError:
     print("fine")
 """
 
 
 def test_stand_ins_import_but_never_run():
-    result = subprocess.run(
-        [sys.executable, "-c", STUBS], capture_output=True, text=True, timeout=100
-    )
+    command = [sys.executable, "-c", STUBS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "fine", result.stderr

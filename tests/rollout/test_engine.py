@@ -17,7 +17,8 @@ import yaml
 
 from rollout.client import EngineClient, EngineFailure, Generation
 from rollout.config import EngineConfig, SamplingConfig
-from rollout.journal import list_steps
+from rollout.journal import list_steps, read_step
+from rollout.main import main
 from rollout.run_dir import RunDir
 from rollout.server.arguments import check_names, command_line, server_fields
 from rollout.server.engine import EngineError, EngineProcess
@@ -92,10 +93,8 @@ def test_the_engine_refuses_what_it_must(engine):
     asyncio.run(main())
     # What everybody may read of a process must not hold the key.
     assert engine.process is not None
-    for process in [
-        psutil.Process(engine.process.pid),
-        *psutil.Process(engine.process.pid).children(True),
-    ]:
+    server = psutil.Process(engine.process.pid)
+    for process in [server, *server.children(recursive=True)]:
         assert API_KEY not in " ".join(process.cmdline())
     assert engine.log_path.stat().st_mode & 0o077 == 0
 
@@ -128,8 +127,6 @@ def run_rollout(run_dir: RunDir) -> subprocess.CompletedProcess:
 
 
 def journal(run_dir: RunDir) -> list[bytes]:
-    from rollout.journal import read_step
-
     rows = []
     for path in list_steps(run_dir.rollouts):
         _, samples = read_step(path)
@@ -161,22 +158,26 @@ def test_mode_eval_writes_one_line_that_does_not_change(engine, tiny_model_dir, 
     [
         ({"data": {"task": "sorting"}}, 2, "data.task='sorting'"),
         ({"data": {"reward": "nosuch"}}, 2, "data.reward='nosuch'"),
-        ({"data": {"tusk": "sort"}}, 2, "tusk"),
-        ({"seed": "many"}, 2, "seed"),
+        ({"data": {"tusk": "sort"}}, 2, "data.tusk"),
+        ({"seed": "many"}, 2, "seed: Value 'many'"),
         ({"mode": "dance"}, 2, "mode='dance'"),
         ({"rollout": {"engine": {"urls": ["http://127.0.0.1:9"], "max_retries": 1}}}, 1, "Connect"),
         ({"rollout": {"engine": {"start_timeout_s": 0.2}}}, 1, "no address of engine_0"),
     ],
 )
 def test_a_rollout_process_that_cannot_work_says_why(
-    engine, tiny_model_dir, tmp_path, changes, status, reason
+    engine, tiny_model_dir, tmp_path, monkeypatch, capsys, changes, status, reason
 ):
-    result = run_rollout(make_run(tmp_path, engine, tiny_model_dir, **changes))
-    assert result.returncode == status
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("drivetrain-rollout: ")
-    assert reason in last
-    assert "Traceback" not in result.stderr
+    run_dir = make_run(tmp_path, engine, tiny_model_dir, **changes)
+    monkeypatch.setattr(sys, "argv", ["drivetrain-rollout", "--run-dir", str(run_dir.path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    # sys.exit(text) prints the text and exits with 1.
+    text = capsys.readouterr().err if end.value.code == 2 else end.value.code
+    assert (2 if end.value.code == 2 else 1) == status
+    assert text.startswith("drivetrain-rollout: ")
+    assert reason in text
+    assert text.strip().count("\n") == 0
 
 
 def test_sigterm_ends_a_serving_rollout_process(engine, tiny_model_dir, tmp_path):
@@ -237,16 +238,16 @@ def _sleepers(path: Path) -> list[int]:
 
 def test_server_arguments_are_checked_against_the_installed_version():
     assert len(server_fields()) > 300
-    assert server_fields()["tp_size"] == "--tensor-parallel-size"
+    assert server_fields()["tp_size"] == "--tp-size"
     assert check_names({"schedule_policy": "lpm", "enable_metrics": True}) == []
     (line,) = check_names({"schedule_polici": "lpm"})
     assert "rollout.engine.args.schedule_polici" in line
     assert "did you mean schedule_policy" in line
     (line,) = check_names({"tp_size": 2})
     assert "use rollout.engine.tp instead" in line
-    arguments = {"enable_metrics": True, "disable_cuda_graph": False, "log_level": None}
+    arguments = {"enable_metrics": True, "disable_radix_cache": False, "log_level": None}
     arguments |= {"tp_size": 2, "watchdog_timeout": 5.5}
-    expected = ["--enable-metrics", "--tensor-parallel-size", "2", "--watchdog-timeout", "5.5"]
+    expected = ["--enable-metrics", "--tp-size", "2", "--watchdog-timeout", "5.5"]
     assert command_line(arguments) == expected
     with pytest.raises(ValueError, match=r"no config.json"):
         EngineProcess(config=EngineConfig(), model_path="/nowhere", api_key="", log_path=Path("x"))

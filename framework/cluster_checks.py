@@ -1,0 +1,68 @@
+"""Whether the cluster a configuration names can hold the roles it asks for."""
+
+import shutil
+from collections.abc import Iterator
+
+from framework.config import RunConfig
+from framework.launch.devices import visible_gpus
+
+
+def cluster_errors(config: RunConfig) -> Iterator[str]:
+    """One line for every role that has no place to run."""
+    cluster, parallel, engine = config.cluster, config.parallel, config.rollout.engine
+    engine_gpus = 0 if engine.urls else engine.num_engines * engine.tp
+    if cluster.launcher == "local":
+        gpus = visible_gpus()
+        if engine.device == "cuda" and not gpus:
+            yield "rollout.engine.device=cuda: this machine has no GPU; use auto or cpu"
+        if cluster.num_nodes != 1:
+            yield f"cluster.num_nodes={cluster.num_nodes}: cluster=local is one machine"
+        needed = _local_gpus(config, engine_gpus)
+        if gpus and engine.device != "cpu" and needed > len(gpus):
+            yield (
+                f"parallel.dp={parallel.dp}: trainers ({parallel.world_size}) and engines "
+                f"({engine_gpus}) need {needed} GPUs, this machine has {len(gpus)}"
+            )
+    if cluster.launcher == "slurm":
+        yield from _slurm(config, engine_gpus)
+
+
+def _local_gpus(config: RunConfig, engine_gpus: int) -> int:
+    trainers = config.parallel.world_size
+    if config.mode == "train_only" or config.stage == "sft":
+        return trainers
+    return engine_gpus + (trainers if config.mode == "train" else 0)
+
+
+def _slurm(config: RunConfig, engine_gpus: int) -> Iterator[str]:
+    cluster, parallel = config.cluster, config.parallel
+    if not config.dry_run and shutil.which("sbatch") is None:
+        yield "cluster.launcher=slurm: no sbatch on this machine; dry_run=true shows the script"
+    if cluster.trainer_nodes + cluster.engine_nodes > cluster.num_nodes:
+        yield (
+            f"cluster.num_nodes={cluster.num_nodes}: fewer than cluster.trainer_nodes="
+            f"{cluster.trainer_nodes} and cluster.engine_nodes={cluster.engine_nodes} together"
+        )
+    if parallel.world_size % cluster.trainer_nodes:
+        yield (
+            f"cluster.trainer_nodes={cluster.trainer_nodes}: does not divide the "
+            f"{parallel.world_size} trainers"
+        )
+    per_node = -(-parallel.world_size // cluster.trainer_nodes)
+    if config.rollout.engine.device != "cpu":
+        on_trainers = engine_gpus if cluster.engine_nodes == 0 else 0
+        if per_node + -(-on_trainers // cluster.trainer_nodes) > cluster.gpus_per_node:
+            yield (
+                f"cluster.gpus_per_node={cluster.gpus_per_node}: {per_node} trainers"
+                + (" and their engines" if on_trainers else "")
+                + f" would share a node; raise cluster.trainer_nodes={cluster.trainer_nodes}"
+            )
+        if cluster.engine_nodes and engine_gpus > cluster.engine_nodes * cluster.gpus_per_node:
+            yield (
+                f"cluster.engine_nodes={cluster.engine_nodes}: {engine_gpus} engine GPUs do not "
+                f"fit on them with cluster.gpus_per_node={cluster.gpus_per_node}"
+            )
+    hosts = {"rollout.host": config.rollout.host, "rollout.engine.host": config.rollout.engine.host}
+    for key, host in hosts.items():
+        if host in ("127.0.0.1", "localhost") and cluster.num_nodes > 1:
+            yield f"{key}={host}: other nodes cannot reach it; set {key}=0.0.0.0"
