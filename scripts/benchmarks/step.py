@@ -89,9 +89,9 @@ def bare_server(run_dir: Path) -> tuple[list[float], list[float]]:
     async def measure(url: str) -> list[float]:
         rates = []
         async with EngineClient([url], "benchmark", config.rollout.engine) as client:
-            for entry in batches:
+            for _, samples in batches:
                 groups: dict[int, list[list[int]]] = {}
-                for sample in entry.samples:
+                for sample in samples:
                     prompt = sample.tokens[: sample.prompt_length].tolist()
                     groups.setdefault(sample.group_id, []).append(prompt)
                 start = time.perf_counter()
@@ -107,7 +107,7 @@ def bare_server(run_dir: Path) -> tuple[list[float], list[float]]:
 
     with engine:
         bare = asyncio.run(measure(engine.url))
-    ours = [entry.batch.metrics["rollout/tokens_per_s"] for entry in batches]
+    ours = [batch.metrics["rollout/tokens_per_s"] for batch, _ in batches]
     return bare, ours
 
 

@@ -1,0 +1,59 @@
+"""The other ways to run: asynchronous, over disk, generation alone, evaluation alone."""
+
+import json
+
+import pytest
+from runs import COMMON, drivetrain, metrics
+
+from rollout.journal import list_steps, read_step
+
+
+@pytest.fixture
+def on_shared_engine(engine, tiny_model_dir):
+    """Overrides that make a run use the shared server."""
+    return [
+        "warm_start.num_steps=0",
+        f"model.hf_path={tiny_model_dir}",
+        f"rollout.engine.urls=[{engine.url}]",
+        f"rollout.engine.api_key={engine.api_key}",
+    ]
+
+
+def test_one_step_off_over_disk_keeps_its_bound(on_shared_engine, tmp_path):
+    run_dir = tmp_path / "async"
+    drivetrain(
+        *COMMON,
+        *on_shared_engine,
+        "rollout.max_staleness_steps=1",
+        "weight_sync=disk",
+        f"run_dir={run_dir}",
+    )
+    rows = [row for row in metrics(run_dir) if "train/loss" in row]
+    assert len(rows) == 6
+    assert max(row["rollout/staleness_max"] for row in rows) == 1
+    for path in list_steps(run_dir / "rollouts"):
+        batch, samples = read_step(path)
+        for sample in samples:
+            written = sample.versions[sample.loss_mask.astype(bool)]
+            assert batch.step - 1 <= written.min()
+            assert written.max() <= batch.step
+    assert not (run_dir / "weights").exists(), "what was written for the engines is left"
+
+
+def test_rollout_only_writes_the_journal_and_trains_nothing(on_shared_engine, tmp_path):
+    run_dir = tmp_path / "rollouts_only"
+    drivetrain(*COMMON, *on_shared_engine, "mode=rollout_only", "num_steps=2", f"run_dir={run_dir}")
+    entries = [read_step(path) for path in list_steps(run_dir / "rollouts")]
+    assert [batch.step for batch, _ in entries] == [0, 1]
+    assert {len(samples) for _, samples in entries} == {4 * 8}
+    assert not (run_dir / "hf").exists()
+
+
+def test_eval_measures_and_ends(on_shared_engine, tmp_path):
+    run_dir = tmp_path / "eval"
+    done = drivetrain(*COMMON, *on_shared_engine, "mode=eval", f"run_dir={run_dir}")
+    (line,) = (run_dir / "eval.jsonl").read_text().splitlines()
+    result = json.loads(line)
+    assert result["num_prompts"] == 32
+    assert 0 <= result["accuracy"] <= 1
+    assert "accuracy" in done.stdout
