@@ -206,10 +206,11 @@ def _task(config: RunConfig) -> Iterator[str]:
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     new, budget = config.rollout.sampling.max_new_tokens, config.batch.max_tokens_per_microbatch
-    if new >= budget:
+    if new >= budget and config.batch.overlong == "refuse":
         yield (
             f"batch.max_tokens_per_microbatch={budget}: must exceed the longest response, "
-            f"rollout.sampling.max_new_tokens={new}, by the prompt's tokens"
+            f"rollout.sampling.max_new_tokens={new}, by the prompt's tokens (or set "
+            "batch.overlong=truncate)"
         )
     if new >= config.rollout.engine.max_total_tokens:
         yield (

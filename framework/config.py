@@ -103,6 +103,9 @@ class BatchConfig:
 
     max_tokens_per_microbatch: int = 8192
     """Budget of one packed micro-batch of one data-parallel rank."""
+    overlong: str = "refuse"
+    """refuse | truncate: what becomes of a sample longer than the budget. truncate cuts the end of
+    its response and counts it in train/truncated_samples and train/truncated_tokens."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,6 +15,7 @@ CHOICES = {
     "rollout.engine.dtype": ("float32", "bfloat16"),
     "rollout.engine.device": ("auto", "cpu", "cuda"),
     "algorithm.aggregation": ("token_mean", "sequence_mean", "sequence_sum"),
+    "batch.overlong": ("refuse", "truncate"),
     "weight_sync.pause_mode": ("retract", "in_place"),
     "cluster.launcher": ("local", "slurm", "manual"),
 }

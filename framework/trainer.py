@@ -1,6 +1,7 @@
 """One trainer rank: take -> logprobs -> advantages -> pack -> step -> publish -> log."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,13 @@ from framework.algorithm.advantages import ADVANTAGES, AdvantageConfig, Advantag
 from framework.algorithm.losses import LOSSES, LossConfig, token_weights
 from framework.batching import UpdatePlan, plan_step
 from framework.config import RunConfig
+from framework.flops import training_flops
 from framework.megatron.microbatch import Microbatch, pack_microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
 from framework.megatron.step import StepRunner
 from framework.metrics import MetricsLogger
+from framework.overlong import recount, shorten_batch, shorten_sample
 from framework.weight_sync import WeightSync
 from rollout.source import BatchSource
 from rollout.types import Sample, StepBatch
@@ -46,6 +49,9 @@ class Trainer:
         self.loss_config = LossConfig(clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
         temperature = 1.0 if sft else self.config.rollout.sampling.temperature
         self.runner = StepRunner(self.policy, self.mesh, temperature)
+        cp = self.mesh.layout.cp
+        self.length_multiple = 2 * cp if cp > 1 else 1
+        self.flops = training_flops(self.policy.hf_config)
 
     def train(self) -> None:
         """The loop, whole."""
@@ -78,8 +84,10 @@ class Trainer:
 
     def train_step(self, batch: StepBatch) -> dict[str, float]:
         """Train on one batch; returns its figures, the same on every rank."""
+        batch, lost = self.fit(batch)
         plans = self.plan(batch)
-        samples = self.fetch(batch, plans)
+        samples = self.fetch(batch, plans, shortened=lost)
+        batch = recount(batch, lost, samples)
         advantages = self.advantages(batch)
         updates = [self.pack(plan, batch, samples, advantages) for plan in plans]
         gate = batch.step == 0 and self.config.stage == "rl" and self.config.gate.enabled
@@ -94,6 +102,9 @@ class Trainer:
             lr = self.learning_rate(batch.step * len(updates) + i)
             figures.append(self.runner.update(microbatches, self.loss, self.loss_config, lr))
         metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+        if self.config.batch.overlong == "truncate":
+            metrics["train/truncated_samples"] = len(lost)
+            metrics["train/truncated_tokens"] = sum(lost.values())
         if self.config.stage == "sft":  # no engine wrote these tokens
             return {k: v for k, v in metrics.items() if "rollout" not in k} | {"train/lr": lr}
         # Later updates see a policy that has moved on: only the first compares like with like.
@@ -106,6 +117,13 @@ class Trainer:
             "train/num_microbatches": sum(plan.num_microbatches for plan in plans),
         }
 
+    def fit(self, batch: StepBatch) -> tuple[StepBatch, dict[int, int]]:
+        """batch.overlong: the batch with no sample over the budget, and what each one lost."""
+        if self.config.batch.overlong == "refuse":  # plan_step does
+            return batch, {}
+        budget = self.config.batch.max_tokens_per_microbatch
+        return shorten_batch(batch, budget // self.length_multiple * self.length_multiple)
+
     def plan(self, batch: StepBatch) -> list[UpdatePlan]:
         """Who trains what; the same on every rank."""
         layout = self.mesh.layout
@@ -114,13 +132,21 @@ class Trainer:
             dp=layout.dp,
             max_tokens=self.config.batch.max_tokens_per_microbatch,
             num_updates=self.num_updates,
-            length_multiple=2 * layout.cp if layout.cp > 1 else 1,
+            length_multiple=self.length_multiple,
+            microbatch_multiple=layout.pp if layout.vpp > 1 else 1,
+            pipelined=layout.pp > 1,
+            cost=self.flops,
         )
 
-    def fetch(self, batch: StepBatch, plans: list[UpdatePlan]) -> dict[int, Sample]:
-        """This rank's own samples, by index into the batch."""
+    def fetch(
+        self, batch: StepBatch, plans: list[UpdatePlan], shortened: Collection[int]
+    ) -> dict[int, Sample]:
+        """This rank's own samples, by index into the batch, cut where the batch says so."""
         mine = sorted(i for plan in plans for i in plan.samples_of(self.mesh.coords.dp))
-        return dict(zip(mine, self.source.fetch(batch.step, mine), strict=True))
+        samples = dict(zip(mine, self.source.fetch(batch.step, mine), strict=True))
+        for i in samples.keys() & shortened:
+            samples[i] = shorten_sample(samples[i], batch.samples[i].response_length)
+        return samples
 
     def advantages(self, batch: StepBatch) -> list[torch.Tensor]:
         """[R] for every sample of the batch, from metadata alone."""
