@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -122,6 +122,8 @@ def load_rollout_run(config_path: Path) -> RolloutRun:
     except FileNotFoundError:
         raise ValueError(f"{config_path}: missing; is this a run directory?") from None
     schema = OmegaConf.structured(RolloutRun)
+    if not isinstance(whole, DictConfig):
+        raise ValueError(f"{config_path}: holds no mapping")
     ours = {name: whole[name] for name in RolloutRun.__dataclass_fields__ if name in whole}
     if "model" in ours:
         ours["model"] = {name: ours["model"][name] for name in ("hf_path", "init_from")}

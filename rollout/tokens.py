@@ -67,7 +67,7 @@ class Chat:
             )
         return ([] if ended else [self.end_id]) + self.tokens(rest)
 
-    def text(self, token_ids: Sequence[int]) -> str:
+    def text(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """Text of tokens, special ones visible; ids the tokenizer lacks become U+FFFD."""
         parts: list[str] = []
         known: list[int] = []

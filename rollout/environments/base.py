@@ -6,7 +6,7 @@ samples of a group are objects made alike: same initial state.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 
 class Message(TypedDict):
@@ -29,11 +29,16 @@ class EnvironmentStep:
 
 
 class Environment(ABC):
-    """One episode. Subclasses take `seed: int` and their own keyword arguments."""
+    """One episode."""
 
     hold_out: ClassVar[bool] = True
     """Keep evaluation prompts out of training, by `identity`. False where prompts are so few, or
     all alike, that no part of them can be set aside."""
+
+    @abstractmethod
+    def __init__(self, *, seed: int, **args: Any) -> None:
+        """Subclasses name their own arguments: the keys of data.args. The same seed, the same
+        initial state."""
 
     @abstractmethod
     async def initial_messages(self) -> list[Message]:

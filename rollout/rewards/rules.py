@@ -3,6 +3,8 @@
 from rollout.rewards.base import Reward, Task
 from rollout.types import Sample, Status
 
+_MATH_TIMEOUT_S = 3
+
 
 async def environment(sample: Sample, task: Task) -> Reward:
     """What the environment said."""
@@ -23,8 +25,8 @@ async def math_answer(sample: Sample, task: Task) -> Reward:
 
     value = 0.0
     if sample.status is Status.STOPPED and task.replies:
-        # Its own time-outs use SIGALRM; the caller bounds every reward anyway.
-        gold = parse(task.answer(), parsing_timeout=None)
-        reply = parse(task.replies[-1], parsing_timeout=None)
-        value = float(verify(gold, reply, timeout_seconds=None))
+        # Plain computation: the caller's asyncio bound cannot interrupt it, SIGALRM can.
+        gold = parse(task.answer(), parsing_timeout=_MATH_TIMEOUT_S)
+        reply = parse(task.replies[-1], parsing_timeout=_MATH_TIMEOUT_S)
+        value = float(verify(gold, reply, timeout_seconds=_MATH_TIMEOUT_S))
     return Reward(value=value, components={"math": value})

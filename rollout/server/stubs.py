@@ -44,7 +44,7 @@ class _Kernel:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self[None]
+        self.__getitem__(None)
 
 
 def _jit(*args: Any, **kwargs: Any) -> Any:
