@@ -31,6 +31,7 @@ def plan_step(
     max_tokens: int,
     num_updates: int = 1,
     length_multiple: int = 1,
+    microbatch_multiple: int = 1,
 ) -> list[UpdatePlan]:
     """Split the samples of a step into `num_updates` updates, and each update into micro-batches.
 
@@ -41,6 +42,8 @@ def plan_step(
         num_updates: optimizer steps on this batch; samples are dealt to them in order.
         length_multiple: every sequence is padded to a multiple of this (2 * cp under context
             parallelism).
+        microbatch_multiple: every rank runs a multiple of this many micro-batches (interleaved
+            pipelines need a multiple of their stages).
 
     Raises:
         ValueError: a sample is longer than the budget; there are fewer samples than updates.
@@ -60,18 +63,20 @@ def plan_step(
         )
     bounds = [len(lengths) * i // num_updates for i in range(num_updates + 1)]
     return [
-        _plan_update(padded, range(bounds[i], bounds[i + 1]), dp, max_tokens)
+        _plan_update(padded, range(bounds[i], bounds[i + 1]), dp, max_tokens, microbatch_multiple)
         for i in range(num_updates)
     ]
 
 
-def _plan_update(lengths: Sequence[int], members: range, dp: int, max_tokens: int) -> UpdatePlan:
+def _plan_update(
+    lengths: Sequence[int], members: range, dp: int, max_tokens: int, multiple: int
+) -> UpdatePlan:
     """Longest first into the emptiest of dp * n bins; n grows until everything fits."""
     order = sorted(members, key=lambda i: (-lengths[i], i))
     total = sum(lengths[i] for i in members)
-    num = max(1, -(-total // (dp * max_tokens)))
+    num = max(1, -(-total // (dp * max_tokens * multiple))) * multiple
     while (bins := _fill(lengths, order, dp * num, max_tokens)) is None:
-        num += 1
+        num += multiple
     # Heaviest bins first, dealt there and back, so that ranks carry about the same in all.
     bins.sort(key=lambda b: (-sum(lengths[i] for i in b), b))
     ranks: list[list[list[int]]] = [[] for _ in range(dp)]

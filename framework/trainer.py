@@ -115,6 +115,7 @@ class Trainer:
             max_tokens=self.config.batch.max_tokens_per_microbatch,
             num_updates=self.num_updates,
             length_multiple=2 * layout.cp if layout.cp > 1 else 1,
+            microbatch_multiple=layout.pp if layout.vpp > 1 else 1,
         )
 
     def fetch(self, batch: StepBatch, plans: list[UpdatePlan]) -> dict[int, Sample]:
@@ -200,6 +201,7 @@ class Trainer:
         """Bring the engines to this version."""
         if self.sync is None:
             return {}
+        self.policy.sync_parameters()
         report = self.sync.push(version)
         return {
             "perf/weight_sync_bytes": float(report.size_bytes),

@@ -48,9 +48,9 @@ def cases(draw):
         sizes["ep"], sizes["etp"] = draw(st.sampled_from(fitting))
     if pp > 1 and draw(st.booleans()):
         config["num_hidden_layers"] += vpp
-        sizes[draw(st.sampled_from(["first", "last"])) + "_stage_layers"] = (
-            config["num_hidden_layers"] - vpp * (pp - 1)
-        )
+        sizes[draw(st.sampled_from(["first", "last"])) + "_stage_layers"] = config[
+            "num_hidden_layers"
+        ] - vpp * (pp - 1)
     layout = Layout(**sizes)
     return config, layout, draw(st.sampled_from(list(Spec))), draw(st.sampled_from([1, 4, 128]))
 
