@@ -130,6 +130,7 @@ def build_chunks(
     stages = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(stages) if stages else [None]:
+        spec: Any  # the annotation of GPTModel knows only one of the two kinds it takes
         if uses_transformer_engine():
             spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
         else:
@@ -202,7 +203,7 @@ def build_policy(
     config.grad_scale_func = megatron_optimizer.scale_loss
     if parallel.overlap:
         # Not the last micro-batch: gradients only add up.
-        no_sync = [each.no_sync for each in wrapped]
+        no_sync: Any = [each.no_sync for each in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     for each in wrapped:
         each.train()

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
 
+# pyright: reportMissingImports=false
 from layouts import CASES, LOSS_TOLERANCE, PLANTED, WEIGHT_TOLERANCE  # noqa: E402
 
 HEADER = (
@@ -25,7 +26,7 @@ HEADER = (
 
 def main() -> int:
     """Run the rows that the command line selects."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How far each layout ends from one rank")
     parser.add_argument("words", nargs="*", help="only rows whose name holds all of these")
     parser.add_argument("--ci", action="store_true", help="only the rows that run for every change")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")

@@ -220,7 +220,7 @@ def train(root: Path, rank: int, case: Case) -> None:
     config = RunConfig(
         mode="train_only",
         num_steps=NUM_STEPS,
-        model=ModelConfig(hf_path=str(hf_dir), megatron=case.megatron),
+        model=ModelConfig(hf_path=str(hf_dir)),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
         algorithm=AlgorithmConfig(updates_per_step=UPDATES_PER_STEP),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
@@ -237,6 +237,9 @@ def train(root: Path, rank: int, case: Case) -> None:
     policy = build_policy(
         hf_config, config.model, config.parallel, config.optimizer, mesh, load_weights
     )
+    if case.planted:
+        for parameter in policy.chunks[0].parameters():
+            setattr(parameter, "sequence_parallel", False)  # noqa: B010
     recorder: Any = Recorder() if rank == 0 else None
     source = JournalSource(root / "rollouts")
     Trainer(
