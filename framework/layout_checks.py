@@ -22,6 +22,13 @@ def layout_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             f"{config.batch.max_tokens_per_microbatch}"
         )
     yield from _engine(config.rollout.engine.tp, shape)
+    engines = config.stage == "rl" and config.mode != "train_only"
+    odd = shape.tied or shape.has_dense_layers
+    if engines and odd and shape.architecture == "Qwen3MoeForCausalLM":
+        yield (
+            f"model.hf_path={config.model.hf_path}: SGLang serves Qwen3-MoE only with experts in "
+            "every layer and tie_word_embeddings=false"
+        )
     if not config.model.hf_path:
         yield from _tiny(config)
 

@@ -180,6 +180,8 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) 
     """
     model = describe(hf_config)
     shape = model.shape
+    if limit := model.architecture.engine_limit(shape):
+        raise ValueError(f"SGLang cannot serve this {model.architecture.name}: {limit}")
     fits = shape.num_kv_heads % tp == 0 or (device != "cpu" and tp % shape.num_kv_heads == 0)
     if shape.num_heads % tp or not fits:
         raise ValueError(

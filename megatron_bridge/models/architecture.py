@@ -162,6 +162,8 @@ class Architecture:
     """SGLang's parameters."""
     derived_tensors: tuple[str, ...] = ()
     """Regular expressions of checkpoint tensors that hold no weights (saved rotary tables)."""
+    engine_limit: Callable[[ModelShape], str] = lambda shape: ""
+    """Why SGLang 0.5.23 would serve such a model wrongly; empty where it serves it."""
 
 
 def replicate(place: Place, tensor: View) -> View:

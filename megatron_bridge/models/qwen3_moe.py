@@ -80,9 +80,17 @@ def _moe_layers(fields: ConfigFields, num_layers: int) -> frozenset[int]:
     return frozenset(n for n in range(num_layers) if (n + 1) % step == 0 and n not in dense)
 
 
+def engine_limit(shape: ModelShape) -> str:
+    """SGLang 0.5.23's model has experts in every layer and an output layer of its own."""
+    if len(shape.moe_layers) < shape.num_layers:
+        return "it gives every layer experts (mlp_only_layers, decoder_sparse_step)"
+    return "it does not tie embeddings (tie_word_embeddings)" if shape.tied else ""
+
+
 QWEN3_MOE = Architecture(
     name="Qwen3MoeForCausalLM",
     read_config=read_config,
+    engine_limit=engine_limit,
     tensors=(
         *QWEN3.tensors,
         HfTensor(Section.MOE, ROUTER, lambda s: (s.num_experts, s.hidden_size)),
