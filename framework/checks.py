@@ -12,6 +12,7 @@ from pathlib import Path
 from framework.cluster_checks import cluster_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
+from framework.layout_checks import layout_errors
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
 from rollout.data import PromptStream
@@ -39,7 +40,7 @@ def check_config(config: RunConfig) -> list[str]:
     except ValueError as error:
         errors.append(str(error))
     else:
-        errors += _layout(config, shape)
+        errors += layout_errors(config, shape)
         errors += _lengths(config, shape)
     errors += _paths(config)
     errors += cluster_errors(config)
@@ -151,45 +152,6 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"algorithm.updates_per_step={config.algorithm.updates_per_step}: more than the "
             f"{samples} samples of a step"
         )
-
-
-def _layout(config: RunConfig, shape: ModelShape) -> Iterator[str]:
-    parallel = config.parallel
-    for key in ("vpp", "cp", "ep", "etp"):
-        if getattr(parallel, key) != 1:
-            yield f"parallel.{key}={getattr(parallel, key)}: must be 1 in this version"
-    if shape.num_heads % parallel.tp:
-        yield (
-            f"parallel.tp={parallel.tp}: does not divide the model's {shape.num_heads} "
-            "attention heads"
-        )
-    kv, tp = max(1, shape.num_kv_heads), parallel.tp
-    if kv % tp and tp % kv:
-        yield f"parallel.tp={tp}: neither divides nor is a multiple of the {kv} key-value heads"
-    if shape.ffn_size % parallel.tp:
-        yield f"parallel.tp={parallel.tp}: does not divide the feed-forward size {shape.ffn_size}"
-    if shape.num_layers % (parallel.pp * parallel.vpp):
-        yield f"parallel.pp={parallel.pp}: does not divide the model's {shape.num_layers} layers"
-    if parallel.sequence_parallel and parallel.tp == 1:
-        yield "parallel.sequence_parallel=True: needs parallel.tp of at least 2"
-    engine_tp = config.rollout.engine.tp
-    if shape.num_heads % engine_tp or (kv % engine_tp and engine_tp % kv):
-        yield (
-            f"rollout.engine.tp={engine_tp}: does not fit {shape.num_heads} attention heads and "
-            f"{kv} key-value heads"
-        )
-    if not config.model.hf_path:
-        tiny = config.model.tiny
-        if tiny.hidden_size % tiny.num_heads:
-            yield (
-                f"model.tiny.num_heads={tiny.num_heads}: does not divide model.tiny.hidden_size="
-                f"{tiny.hidden_size}"
-            )
-        if tiny.num_heads % tiny.num_kv_heads:
-            yield (
-                f"model.tiny.num_kv_heads={tiny.num_kv_heads}: does not divide "
-                f"model.tiny.num_heads={tiny.num_heads}"
-            )
 
 
 def _task(config: RunConfig) -> Iterator[str]:

@@ -4,9 +4,10 @@
 `framework.checks` refuses what cannot work, before anything starts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_bridge.layout import Layout
 from rollout.config import DataConfig, RolloutConfig
 
 
@@ -50,10 +51,19 @@ class ParallelConfig:
     """Model chunks per pipeline stage (1: no interleaving)."""
     cp: int = 1
     ep: int = 1
+    """Ranks that share the experts of a layer; taken out of tp * cp * dp."""
     etp: int = 1
+    """Ranks that each expert is cut over."""
     dp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    overlap: bool = False
+    """Reduce gradients during the backward pass and, with distributed_optimizer, gather parameters
+    during the forward pass."""
+    first_stage_layers: int = 0
+    """Layers of the first pipeline stage; 0: an even share."""
+    last_stage_layers: int = 0
+    """Layers of the last pipeline stage; 0: an even share."""
     timeout_s: float = 600.0
     """Bound of every collective among the trainers."""
 
@@ -61,6 +71,11 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Number of trainer processes."""
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def layout(self) -> Layout:
+        """The same as ranks and coordinates; ValueError where the sizes do not fit each other."""
+        return Layout(**{each.name: getattr(self, each.name) for each in fields(Layout)})
 
 
 @dataclass(kw_only=True, slots=True)

@@ -61,6 +61,8 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "seed",
+    "parallel.first_stage_layers",
+    "parallel.last_stage_layers",
     "model.tiny.init_seed",
     "algorithm.clip_low",
     "algorithm.clip_high",

@@ -25,6 +25,8 @@ class ModelShape:
     vocab_size: int
     tied: bool
     num_experts: int
+    expert_ffn_size: int
+    has_dense_layers: bool
     max_positions: int
 
     @property
@@ -53,6 +55,8 @@ def read_model_shape(model: ModelConfig) -> ModelShape:
             vocab_size=TINY_VOCAB_SIZE,
             tied=tiny.tied,
             num_experts=0,
+            expert_ffn_size=0,
+            has_dense_layers=True,
             max_positions=TINY_MAX_POSITIONS,
         )
     values = read_hf_config("model.hf_path", model.hf_path)
@@ -101,6 +105,10 @@ def _from_hf(values: dict[str, Any], where: str) -> ModelShape:
         ffn_size=number("intermediate_size"),
         vocab_size=number("vocab_size"),
         tied=bool(values.get("tie_word_embeddings", False)),
-        num_experts=number("num_experts", number("num_local_experts", 0)),
+        num_experts=(experts := number("num_experts", number("num_local_experts", 0))),
+        expert_ffn_size=number("moe_intermediate_size", number("intermediate_size")),
+        has_dense_layers=not experts
+        or bool(values.get("mlp_only_layers"))
+        or number("decoder_sparse_step", 1) > 1,
         max_positions=number("max_position_embeddings", 0),
     )

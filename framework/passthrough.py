@@ -33,6 +33,22 @@ MEGATRON_OWNED = {
     "layernorm_epsilon": "the model's config.json",
     "normalization": "the model's config.json",
     "calculate_per_token_loss": "algorithm.aggregation",
+    "variable_seq_lengths": "how micro-batches are packed",
+    # Interleaved stages are silently wrong under other flags than ours.
+    "overlap_p2p_comm": "parallel.vpp",
+    "batch_p2p_comm": "parallel.vpp",
+    "microbatch_group_size_per_vp_stage": "parallel.pp",
+    "num_layers_in_first_pipeline_stage": "parallel.first_stage_layers",
+    "num_layers_in_last_pipeline_stage": "parallel.last_stage_layers",
+    "account_for_embedding_in_pipeline_split": "parallel.first_stage_layers",
+    "account_for_loss_in_pipeline_split": "parallel.last_stage_layers",
+    "pipeline_model_parallel_layout": "parallel.first_stage_layers",
+    "num_moe_experts": "the model's config.json",
+    "moe_ffn_hidden_size": "the model's config.json",
+    "moe_layer_freq": "the model's config.json",
+    "moe_router_topk": "the model's config.json",
+    "moe_router_pre_softmax": "the model's config.json",
+    "moe_router_score_function": "the model's config.json",
 }
 DROPOUT = ("hidden_dropout", "attention_dropout")
 PLAIN_TYPES: dict[str, tuple[type, ...]] = {

@@ -10,7 +10,7 @@ from framework.launch.manual import command_lines
 from framework.launch.prepare import resolve_stages
 from framework.launch.roles import needs_engines, needs_trainer
 from framework.model_shape import ModelShape, read_model_shape
-from megatron_bridge.layout import Layout, padded_vocab_size
+from megatron_bridge.layout import padded_vocab_size
 
 BYTES = {"float32": 4, "bfloat16": 2}
 MAX_RANKS_SHOWN = 64
@@ -38,23 +38,9 @@ def describe_run(config: RunConfig) -> str:
     return "\n".join(sections)
 
 
-def layout_of(config: RunConfig) -> Layout:
-    """The trainers' layout."""
-    parallel = config.parallel
-    return Layout(
-        tp=parallel.tp,
-        pp=parallel.pp,
-        vpp=parallel.vpp,
-        cp=parallel.cp,
-        ep=parallel.ep,
-        etp=parallel.etp,
-        dp=parallel.dp,
-    )
-
-
 def rank_table(config: RunConfig, shape: ModelShape) -> list[str]:
     """One line for each rank: coordinates, layers, its share of a step's samples."""
-    layout = layout_of(config)
+    layout = config.parallel.layout
     total = step_samples(config)
     lines = [f"world size {layout.world_size} = tp * pp * cp * dp"]
     for rank in range(min(layout.world_size, MAX_RANKS_SHOWN)):
@@ -91,7 +77,7 @@ def step_samples(config: RunConfig) -> int:
 
 def stage_parameters(config: RunConfig, shape: ModelShape, pp: int) -> int:
     """Parameters of one rank of pipeline stage `pp` (matrices; norm vectors are left out)."""
-    layout = layout_of(config)
+    layout = config.parallel.layout
     layers = sum(
         len(layout.chunk_layers(shape.num_layers, pp, chunk)) for chunk in range(layout.vpp)
     )

@@ -73,6 +73,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         logger=logger,
     )
     trainer.train()
+    policy.sync_parameters()
     save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
     if sync is not None:
         sync.close()

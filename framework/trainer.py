@@ -226,6 +226,7 @@ class Trainer:
         """Bring the engines to this version."""
         if self.sync is None:
             return {}
+        self.policy.sync_parameters()
         report = self.sync.push(version)
         return {
             "perf/weight_sync_bytes": float(report.size_bytes),

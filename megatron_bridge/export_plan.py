@@ -14,10 +14,26 @@ import torch
 
 from megatron_bridge.hf_checkpoint import DTYPE_NAMES
 from megatron_bridge.layout import Layout
-from megatron_bridge.mapping import check, layer_name, model_shapes, section_views, sections
+from megatron_bridge.mapping import (
+    check,
+    holders,
+    layer_name,
+    model_shapes,
+    section_views,
+    sections,
+    trainer_place,
+)
 from megatron_bridge.models import describe
-from megatron_bridge.models.architecture import ModelDescription, Place, Section, Spec
+from megatron_bridge.models.architecture import (
+    DENSE_LAYER,
+    MOE_LAYER,
+    ModelDescription,
+    Section,
+    Spec,
+)
 from megatron_bridge.views import Box, Index
+
+LAYER_SECTIONS = DENSE_LAYER | MOE_LAYER
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +132,22 @@ class ExportPlan:
         """Hugging Face name -> its pieces."""
         model, layout = self.model, self.layout
         pieces: dict[str, list[Piece]] = {}
-        template = list(self._section_boxes(Section.LAYER))
+        boxes = {section: list(self._section_boxes(section)) for section in sorted(LAYER_SECTIONS)}
         for pp in range(layout.pp):
             for chunk in range(layout.vpp):
                 for section in sections(model, layout, pp, chunk):
                     if section is Section.TIED_OUTPUT:
                         continue  # the first stage sends the embedding
-                    for tp, name, box in self._section_boxes(section):
-                        piece = Piece(layout.rank(tp=tp, pp=pp), chunk, name, box)
+                    for rank, name, box in self._section_boxes(section):
+                        piece = Piece(layout.rank(pp=pp) + rank, chunk, name, box)
                         pieces.setdefault(box.name, []).append(piece)
                 layers = layout.chunk_layers(model.shape.num_layers, pp, chunk)
                 for local, layer in enumerate(layers):
-                    for tp, name, box in template:
+                    parts = sorted(model.shape.layer_sections(layer))
+                    for rank, name, box in (each for part in parts for each in boxes[part]):
                         hf_name = layer_name(box.name, layer)
                         piece = Piece(
-                            layout.rank(tp=tp, pp=pp),
+                            layout.rank(pp=pp) + rank,
                             chunk,
                             f"decoder.layers.{local}.{name}",
                             box._replace(name=hf_name),
@@ -139,19 +156,15 @@ class ExportPlan:
         return pieces
 
     def _section_boxes(self, section: Section) -> Iterator[tuple[int, str, Box]]:
-        """Tensor-parallel rank, local name and box, every box once, at the first rank with it."""
+        """Rank in its stage, local name and box, every box once, at the first rank with it."""
         seen: set[tuple[str, Index, Index]] = set()
-        for tp in range(self.layout.tp):
-            place = Place(
-                shape=self.model.shape,
-                tp=self.layout.tp,
-                tp_rank=tp,
-                vocab_multiple=self.vocab_pad_multiple,
-            )
-            rows = self.model.architecture.rows
+        rows = self.model.architecture.rows
+        for rank in holders(self.layout, section):
+            coords = self.layout.coords(rank)
+            place = trainer_place(self.model, self.layout, coords, self.vocab_pad_multiple)
             for row, view in section_views(self.model, section, place, rows):
                 for box in view.boxes:
                     key = (box.name, box.start, box.size)
                     if key not in seen:
                         seen.add(key)
-                        yield tp, row.local_name(self.spec), box
+                        yield rank, row.local_name(self.spec), box

@@ -32,12 +32,18 @@ class Layout:
     ep: int = 1
     etp: int = 1
     dp: int = 1
+    first_stage_layers: int = 0
+    """Layers of the first pipeline stage, which has the embedding besides; 0: an even share."""
+    last_stage_layers: int = 0
+    """Layers of the last pipeline stage, which has the output layer besides; 0: an even share."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            size = getattr(self, field.name)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"parallel.{field.name} is {size!r}; it must be an integer >= 1")
+            size, least = getattr(self, field.name), 0 if field.name.endswith("layers") else 1
+            if not isinstance(size, int) or size < least:
+                raise ValueError(
+                    f"parallel.{field.name} is {size!r}; it must be an integer >= {least}"
+                )
         if self.stage_size % (self.ep * self.etp):
             raise ValueError(
                 f"parallel.ep * parallel.etp = {self.ep * self.etp} does not divide "
@@ -45,6 +51,9 @@ class Layout:
             )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp > 1")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if getattr(self, name) and self.pp == 1:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} needs parallel.pp > 1")
 
     @property
     def stage_size(self) -> int:
@@ -81,14 +90,29 @@ class Layout:
 
         Chunks go round the stages: chunk 1 of stage 0 follows chunk 0 of the last stage.
         """
-        size, rest = divmod(num_layers, self.pp * self.vpp)
-        if rest:
+        sizes = self._chunk_sizes(num_layers)
+        first = chunk * sum(sizes) + sum(sizes[:pp])
+        return range(first, first + sizes[pp])
+
+    def _chunk_sizes(self, num_layers: int) -> list[int]:
+        """Layers of one chunk of each stage."""
+        ends = self.first_stage_layers + self.last_stage_layers
+        even = self.pp - bool(self.first_stage_layers) - bool(self.last_stage_layers)
+        share, rest = divmod(num_layers - ends, even) if even else (0, num_layers - ends)
+        stages = [share] * self.pp
+        stages[0] = self.first_stage_layers or stages[0]
+        stages[-1] = self.last_stage_layers or stages[-1]
+        if rest or any(stage < 0 or stage % self.vpp for stage in stages):
+            uneven = "".join(
+                f", parallel.{name}={getattr(self, name)}"
+                for name in ("first_stage_layers", "last_stage_layers")
+                if getattr(self, name)
+            )
             raise ValueError(
                 f"{num_layers} layers cannot be cut evenly over parallel.pp={self.pp} stages of "
-                f"parallel.vpp={self.vpp} chunks"
+                f"parallel.vpp={self.vpp} chunks{uneven}"
             )
-        first = (chunk * self.pp + pp) * size
-        return range(first, first + size)
+        return [stage // self.vpp for stage in stages]
 
     def is_first(self, pp: int, chunk: int) -> bool:
         """Whether this chunk holds the embedding."""

@@ -6,6 +6,7 @@ replicas hold the same views and are never enumerated.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_bridge.layout import Coords, Layout
@@ -35,13 +36,31 @@ def hf_shapes(hf_config: Mapping[str, Any]) -> dict[str, Index]:
 
 def model_shapes(model: ModelDescription) -> dict[str, Index]:
     """`hf_shapes` of a model already described."""
-    shape, tensors = model.shape, model.architecture.tensors
-    result = {t.name: t.shape(shape) for t in tensors if t.section is Section.EMBEDDING}
-    layer = [(t.name, t.shape(shape)) for t in tensors if t.section is Section.LAYER]
+    shape = model.shape
+    result = template_shapes(model, frozenset({Section.EMBEDDING}))
+    kinds = {kind: template_shapes(model, kind) for kind in shape.layer_kinds}
     for number in range(shape.num_layers):
-        result |= {layer_name(name, number): size for name, size in layer}
+        layer = kinds[shape.layer_sections(number)]
+        result |= {layer_name(name, number): size for name, size in layer.items()}
     last = {Section.FINAL} | (set() if shape.tied else {Section.OUTPUT})
-    return result | {t.name: t.shape(shape) for t in tensors if t.section in last}
+    return result | template_shapes(model, frozenset(last))
+
+
+def template_shapes(model: ModelDescription, sections: frozenset[Section]) -> dict[str, Index]:
+    """The tensors of some sections, experts numbered; layers keep their {layer}."""
+    return {
+        name: tensor.shape(model.shape)
+        for tensor in model.architecture.tensors
+        if tensor.section in sections
+        for name in expert_names(tensor.name, range(model.shape.num_experts))
+    }
+
+
+def expert_names(template: str, experts: range) -> list[str]:
+    """`template` for each of `experts`; by itself where it names none."""
+    if "{expert}" not in template:
+        return [template]
+    return [template.replace("{expert}", str(expert)) for expert in experts]
 
 
 def layer_name(template: str, layer: int) -> str:
@@ -68,8 +87,54 @@ def section_views(
     """The rows of one section, cut for one rank; layer rows keep {layer} in their box names."""
     shapes = {t.name: t.shape(model.shape) for t in model.architecture.tensors}
     for row in rows:
-        if row.section is section:
-            yield row, row.rule(place, *(ref(name, shapes[name]) for name in row.tensors))
+        if row.section is not section:
+            continue
+        if section is not Section.EXPERT:
+            everything = range(model.shape.num_experts)
+            parts = [
+                ref(name, shapes[template])
+                for template in row.tensors
+                for name in expert_names(template, everything)
+            ]
+            yield row, row.rule(place, *parts)
+            continue
+        for local, expert in enumerate(held_experts(place)):
+            named = replace(
+                row,
+                name=row.name.replace("{expert}", str(local)),
+                te_name=row.te_name.replace("{expert}", str(local)),
+            )
+            parts = [ref(x.replace("{expert}", str(expert)), shapes[x]) for x in row.tensors]
+            yield named, row.rule(place, *parts)
+
+
+def held_experts(place: Place) -> range:
+    """Global numbers of the experts that a rank holds, consecutive ones."""
+    count, rest = divmod(place.shape.num_experts, place.ep)
+    if rest:
+        raise ValueError(f"{place.shape.num_experts} experts cannot be cut into {place.ep} parts")
+    return range(place.ep_rank * count, (place.ep_rank + 1) * count)
+
+
+def trainer_place(
+    model: ModelDescription, layout: Layout, coords: Coords, vocab_pad_multiple: int
+) -> Place:
+    """What the rules need to know of the trainer rank at `coords`."""
+    return Place(
+        shape=model.shape,
+        tp=layout.tp,
+        tp_rank=coords.tp,
+        ep=layout.ep,
+        ep_rank=coords.ep,
+        etp=layout.etp,
+        etp_rank=coords.etp,
+        vocab_multiple=vocab_pad_multiple,
+    )
+
+
+def holders(layout: Layout, section: Section) -> range:
+    """Ranks of a pipeline stage that hold a section between them, replicas left out."""
+    return range(layout.ep * layout.etp if section is Section.EXPERT else layout.tp)
 
 
 def rank_views(
@@ -81,11 +146,9 @@ def rank_views(
 ) -> Views:
     """What the trainer rank at `coords` holds: a view for every parameter of its model chunks."""
     model = describe(hf_config)
-    place = Place(
-        shape=model.shape, tp=layout.tp, tp_rank=coords.tp, vocab_multiple=vocab_pad_multiple
-    )
+    place = trainer_place(model, layout, coords, vocab_pad_multiple)
     rows = model.architecture.rows
-    template = list(section_views(model, Section.LAYER, place, rows))
+    templates = _layer_templates(model, place, rows)
     views: Views = {}
     for chunk in range(layout.vpp):
         for section in sections(model, layout, coords.pp, chunk):
@@ -93,10 +156,20 @@ def rank_views(
                 views[chunk, row.local_name(spec)] = view
         layers = layout.chunk_layers(model.shape.num_layers, coords.pp, chunk)
         for local, layer in enumerate(layers):
-            for row, view in template:
+            for row, view in templates[model.shape.layer_sections(layer)]:
                 name = f"decoder.layers.{local}.{row.local_name(spec)}"
                 views[chunk, name] = view.renamed(lambda x, n=layer: layer_name(x, n))
     return views
+
+
+def _layer_templates(
+    model: ModelDescription, place: Place, rows: tuple[Row, ...]
+) -> dict[frozenset[Section], list[tuple[Row, View]]]:
+    """For each kind of layer its rows, cut for one rank."""
+    return {
+        kind: [each for part in sorted(kind) for each in section_views(model, part, place, rows)]
+        for kind in model.shape.layer_kinds
+    }
 
 
 def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) -> dict[str, View]:
@@ -107,6 +180,8 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) 
     """
     model = describe(hf_config)
     shape = model.shape
+    if limit := model.architecture.engine_limit(shape):
+        raise ValueError(f"SGLang cannot serve this {model.architecture.name}: {limit}")
     fits = shape.num_kv_heads % tp == 0 or (device != "cpu" and tp % shape.num_kv_heads == 0)
     if shape.num_heads % tp or not fits:
         raise ValueError(
@@ -121,9 +196,9 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) 
         if section is Section.OUTPUT and model.shape.tied:
             continue
         views |= {row.name: view for row, view in section_views(model, section, place, rows)}
-    template = list(section_views(model, Section.LAYER, place, rows))
+    templates = _layer_templates(model, place, rows)
     for layer in range(model.shape.num_layers):
-        for row, view in template:
+        for row, view in templates[model.shape.layer_sections(layer)]:
             views[layer_name(row.name, layer)] = view.renamed(lambda x, n=layer: layer_name(x, n))
     return views
 
@@ -156,6 +231,7 @@ def check(
     errors = _row_errors(model, model.architecture.rows)
     errors += _row_errors(model, model.architecture.engine_rows)
     errors += _head_errors(model, layout.tp)
+    errors += _expert_errors(model, layout)
     errors += _layer_errors(model, layout)
     errors += _section_errors(model, layout, vocab_pad_multiple)
     if found is not None:
@@ -164,11 +240,16 @@ def check(
 
 
 def _row_errors(model: ModelDescription, rows: tuple[Row, ...]) -> list[str]:
-    """Tensors that the table uses never or more than once."""
-    used = Counter(n for row in rows if row.section is not Section.TIED_OUTPUT for n in row.tensors)
-    known = {t.name for t in model.architecture.tensors}
-    errors = [f"tensor {n} is mapped {used[n]} times, not once" for n in known if used[n] != 1]
-    return sorted(errors + [f"mapped tensor {n} is not in the table" for n in used.keys() - known])
+    """Tensors that the table uses never or more than once, in each kind of layer."""
+    errors: set[str] = set()
+    ends = {Section.EMBEDDING, Section.FINAL, Section.OUTPUT}
+    for kind in model.shape.layer_kinds:
+        parts = kind | ends
+        used = Counter(n for row in rows if row.section in parts for n in row.tensors)
+        known = {t.name for t in model.architecture.tensors if t.section in parts}
+        errors |= {f"tensor {n} is mapped {used[n]} times, not once" for n in known if used[n] != 1}
+        errors |= {f"mapped tensor {n} is not in the table" for n in used.keys() - known}
+    return sorted(errors)
 
 
 def _head_errors(model: ModelDescription, tp: int) -> list[str]:
@@ -180,6 +261,19 @@ def _head_errors(model: ModelDescription, tp: int) -> list[str]:
     if kv_heads % tp and tp % kv_heads:
         errors.append(f"parallel.tp={tp} and num_key_value_heads = {kv_heads} do not divide")
     return errors
+
+
+def _expert_errors(model: ModelDescription, layout: Layout) -> list[str]:
+    """Expert parallelism without experts, or that does not divide them."""
+    if not model.shape.num_experts:
+        return [
+            f"parallel.{name}={size}: {model.architecture.name} has no experts"
+            for name, size in (("ep", layout.ep), ("etp", layout.etp))
+            if size > 1
+        ]
+    if model.shape.num_experts % layout.ep:
+        return [f"parallel.ep={layout.ep} does not divide num_experts = {model.shape.num_experts}"]
+    return []
 
 
 def _layer_errors(model: ModelDescription, layout: Layout) -> list[str]:
@@ -200,20 +294,17 @@ def _section_errors(model: ModelDescription, layout: Layout, vocab_pad_multiple:
     """Tensors not tiled exactly once, parameters not filled, cuts that do not divide."""
     errors: list[str] = []
     boxes: dict[str, list[Box]] = {}
-    shapes = {t.name: t.shape(model.shape) for t in model.architecture.tensors}
-    used = set(Section) - {Section.OUTPUT if model.shape.tied else Section.TIED_OUTPUT}
+    shapes = template_shapes(model, frozenset(Section))
+    output = Section.TIED_OUTPUT if model.shape.tied else Section.OUTPUT
+    used = {Section.EMBEDDING, Section.FINAL, output}.union(*model.shape.layer_kinds)
     for section in sorted(used):
-        for tp_rank in range(layout.tp):
-            place = Place(
-                shape=model.shape,
-                tp=layout.tp,
-                tp_rank=tp_rank,
-                vocab_multiple=vocab_pad_multiple,
-            )
+        for rank in holders(layout, section):
+            place = trainer_place(model, layout, layout.coords(rank), vocab_pad_multiple)
             try:
                 cut = list(section_views(model, section, place, model.architecture.rows))
             except ValueError as error:
-                errors.append(f"parallel.tp={layout.tp}: {error}")
+                name = "etp" if section is Section.EXPERT else "tp"
+                errors.append(f"parallel.{name}={getattr(layout, name)}: {error}")
                 break
             for row, view in cut:
                 errors += fill_errors(row.name, view, padded=section in VOCAB_SECTIONS)

@@ -49,6 +49,13 @@ class Policy:
     """The same, with gradient buffers and data-parallel reduction."""
     optimizer: MegatronOptimizer
 
+    def sync_parameters(self) -> None:
+        """Bring in what other ranks have updated; collective. Before anything reads parameters."""
+        for model in self.wrapped:
+            if model.ddp_config.overlap_param_gather:
+                model.disable_forward_pre_hook(param_sync=True)
+                model.enable_forward_pre_hook()
+
     def set_learning_rate(self, lr: float) -> None:
         """Learning rate of the next update."""
         for group in self.optimizer.param_groups:
@@ -100,6 +107,8 @@ def transformer_config(
         "context_parallel_size": parallel.cp,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp,
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers or None,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers or None,
         "sequence_parallel": parallel.sequence_parallel,
         # Packed micro-batches differ in length, so pipeline stages exchange shapes; megatron then
         # insists on this dispatcher even for dense models.
@@ -172,6 +181,8 @@ def build_policy(
     load_weights(chunks)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=True,
         average_in_collective=False,
@@ -193,6 +204,7 @@ def build_policy(
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
         ),
         wrapped,
     )
@@ -201,6 +213,10 @@ def build_policy(
         models, None, **rest
     )
     config.grad_scale_func = megatron_optimizer.scale_loss
+    if parallel.overlap:
+        # Not the last micro-batch: gradients only add up.
+        no_sync: Any = [each.no_sync for each in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     for each in wrapped:
         each.train()
     return Policy(

@@ -56,11 +56,13 @@ def start_mesh(config: ParallelConfig, seed: int) -> Mesh:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
+        if not dist.is_initialized():
+            dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        dist.init_process_group("gloo", timeout=timeout)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -72,16 +74,18 @@ def start_mesh(config: ParallelConfig, seed: int) -> Mesh:
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    sizes = {name: getattr(config, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
-    layout = Layout(**sizes)
+    layout = config.layout
     coords = layout.coords(rank)
     found = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_context_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_rank(),
     )
-    assert found == (coords.tp, coords.pp, coords.cp, coords.dp), (found, coords)
+    expected = (coords.tp, coords.pp, coords.cp, coords.dp, coords.ep, coords.etp)
+    assert found == expected, (found, coords)
     return Mesh(layout=layout, coords=coords, rank=rank, device=device)
 
 

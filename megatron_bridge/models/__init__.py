@@ -6,10 +6,12 @@ from typing import Any
 from megatron_bridge.models.architecture import Architecture, ModelDescription
 from megatron_bridge.models.llama import LLAMA
 from megatron_bridge.models.qwen3 import QWEN3
+from megatron_bridge.models.qwen3_moe import QWEN3_MOE
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
     "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
 
 

@@ -17,6 +17,7 @@ from megatron_bridge.views import (
     pad,
     shard,
     shard_replicated,
+    stack,
 )
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -39,12 +40,22 @@ class Section(StrEnum):
     """Held by the first chunk."""
     LAYER = "layer"
     """Once a layer; names are templates with {layer}, local ones relative to the layer."""
+    DENSE = "dense"
+    """Once a layer without experts."""
+    MOE = "moe"
+    """Once a layer with experts; a tensor named with {expert} stands for those of all experts."""
+    EXPERT = "expert"
+    """Once an expert; names hold {expert}, in local ones the number among the rank's experts."""
     FINAL = "final"
     """Held by the last chunk."""
     OUTPUT = "output"
     """Held by the last chunk when embedding and output are not tied."""
     TIED_OUTPUT = "tied_output"
     """The copy of a tied embedding in a last chunk that isn't also the first."""
+
+
+DENSE_LAYER = frozenset({Section.LAYER, Section.DENSE})
+MOE_LAYER = frozenset({Section.LAYER, Section.MOE, Section.EXPERT})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +71,20 @@ class ModelShape:
     vocab_size: int
     tied: bool
     """Embedding and output layer share their weight."""
+    num_experts: int = 0
+    expert_ffn_size: int = 0
+    moe_layers: frozenset[int] = frozenset()
+    """Numbers of the layers with experts."""
+
+    def layer_sections(self, layer: int) -> frozenset[Section]:
+        """The sections that layer `layer` is made of."""
+        return MOE_LAYER if layer in self.moe_layers else DENSE_LAYER
+
+    @property
+    def layer_kinds(self) -> list[frozenset[Section]]:
+        """The different kinds of layers that this model has."""
+        moe, dense = bool(self.moe_layers), len(self.moe_layers) < self.num_layers
+        return [DENSE_LAYER] * dense + [MOE_LAYER] * moe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +94,10 @@ class Place:
     shape: ModelShape
     tp: int
     tp_rank: int
+    ep: int = 1
+    ep_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
     vocab_multiple: int = 1
     """Megatron's padded vocabularies are a multiple of this times tp."""
     ffn_multiple: int = 1
@@ -133,6 +162,8 @@ class Architecture:
     """SGLang's parameters."""
     derived_tensors: tuple[str, ...] = ()
     """Regular expressions of checkpoint tensors that hold no weights (saved rotary tables)."""
+    engine_limit: Callable[[ModelShape], str] = lambda shape: ""
+    """Why SGLang 0.5.23 would serve such a model wrongly; empty where it serves it."""
 
 
 def replicate(place: Place, tensor: View) -> View:
@@ -167,6 +198,16 @@ def gated(place: Place, gate: View, up: View) -> View:
     return concat(0, [column(place, gate), column(place, up)])
 
 
+def expert_gated(place: Place, gate: View, up: View) -> View:
+    """`gated`, cut over the expert's own tensor-parallel ranks."""
+    return concat(0, [shard(x, 0, place.etp, place.etp_rank) for x in (gate, up)])
+
+
+def expert_row(place: Place, tensor: View) -> View:
+    """`row`, cut over the expert's own tensor-parallel ranks."""
+    return shard(tensor, 1, place.etp, place.etp_rank)
+
+
 def engine_qkv(place: Place, q: View, k: View, v: View) -> View:
     """SGLang: [q; k; v], each cut by heads; with tp > KV heads a KV head sits on several ranks."""
     units = place.shape.num_kv_heads
@@ -187,6 +228,18 @@ def engine_gated(place: Place, gate: View, up: View) -> View:
 def engine_down(place: Place, tensor: View) -> View:
     """SGLang: padded along the feed-forward width, then cut along it."""
     return row(place, _padded_ffn(place, tensor, 1))
+
+
+def engine_experts_gated(place: Place, *tensors: View) -> View:
+    """SGLang: `engine_gated` of every expert, stacked; all gates come first, then all ups."""
+    half = len(tensors) // 2
+    pairs = zip(tensors[:half], tensors[half:], strict=True)
+    return stack([engine_gated(place, gate, up) for gate, up in pairs])
+
+
+def engine_experts_down(place: Place, *tensors: View) -> View:
+    """SGLang: `engine_down` of every expert, stacked."""
+    return stack([engine_down(place, tensor) for tensor in tensors])
 
 
 ENGINE_VOCAB_PADDING = 64

@@ -29,15 +29,20 @@ def read_config(
 ) -> tuple[ModelShape, dict[str, Any], dict[str, Any]]:
     """A Qwen3 config.json. Sliding windows are refused."""
     fields = ConfigFields(config, "Qwen3ForCausalLM")
+    refuse_sliding_windows(fields)
+    result = read_dense_config(fields, head_dim=None, kv_heads=None, qk_layernorm=True)
+    fields.finish()
+    return result
+
+
+def refuse_sliding_windows(fields: ConfigFields) -> None:
+    """Complain about attention that does not see everything before it."""
     fields.must_be("use_sliding_window", False)
     fields.value("max_window_layers")
     fields.value("sliding_window")  # both mean nothing while use_sliding_window is false
     others = sorted(set(map(str, fields.value("layer_types") or ())) - {"full_attention"})
     if others:
         fields.complain(f"layer_types has {', '.join(others)}; only full_attention is supported")
-    result = read_dense_config(fields, head_dim=None, kv_heads=None, qk_layernorm=True)
-    fields.finish()
-    return result
 
 
 QWEN3 = Architecture(

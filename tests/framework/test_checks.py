@@ -46,9 +46,26 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
     ("heads", ["parallel.tp=3"], ["parallel.tp=3", "4 attention heads"]),
     ("feed-forward", ["parallel.tp=4", "model.tiny.ffn_size=190"], ["parallel.tp=4", "190"]),
     ("layers", ["parallel.pp=3"], ["parallel.pp=3", "2 layers"]),
-    ("context parallel", ["parallel.cp=2"], ["parallel.cp=2", "this version"]),
-    ("virtual stages", ["parallel.pp=2", "parallel.vpp=2"], ["parallel.vpp=2", "this version"]),
-    ("experts", ["parallel.ep=2"], ["parallel.ep=2"]),
+    (
+        "context parallel beyond the batch",
+        ["parallel.cp=64", "batch.max_tokens_per_microbatch=100"],
+        ["parallel.cp=64", "2 * cp = 128"],
+    ),
+    ("virtual stages of one stage", ["parallel.vpp=2"], ["parallel.vpp=2", "parallel.pp"]),
+    ("virtual stages", ["parallel.pp=2", "parallel.vpp=2"], ["parallel.vpp=2", "1 layers"]),
+    ("uneven alone", ["parallel.first_stage_layers=1"], ["first_stage_layers=1", "parallel.pp"]),
+    (
+        "uneven and too many",
+        ["parallel.pp=2", "parallel.first_stage_layers=2", "parallel.last_stage_layers=1"],
+        ["first_stage_layers=2", "last_stage_layers=1", "2 layers"],
+    ),
+    ("experts", ["parallel.ep=2"], ["parallel.ep=2", "no experts"]),
+    ("cut experts", ["parallel.etp=2"], ["parallel.etp=2", "no experts"]),
+    (
+        "flags of virtual stages",
+        ["model.megatron.batch_p2p_comm=true"],
+        ["model.megatron.batch_p2p_comm=True", "parallel.vpp"],
+    ),
     ("sequence parallel alone", ["parallel.sequence_parallel=true"], ["parallel.tp"]),
     ("engine heads", ["rollout.engine.tp=3"], ["rollout.engine.tp=3", "attention heads"]),
     (
@@ -116,10 +133,10 @@ def test_broken_configuration_is_refused(
 
 
 def test_everything_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["parallel.pp=3", "parallel.cp=2", "rollout.sampling.top_p=0.5", "optimizer.lr=0"]
+    arguments = ["parallel.pp=3", "parallel.ep=2", "rollout.sampling.top_p=0.5", "optimizer.lr=0"]
     assert main([*arguments, "run_dir=/tmp/never"]) == 2
     stderr = capsys.readouterr().err
-    for key in ("parallel.pp=3", "parallel.cp=2", "rollout.sampling.top_p=0.5", "optimizer.lr=0"):
+    for key in ("parallel.pp=3", "parallel.ep=2", "rollout.sampling.top_p=0.5", "optimizer.lr=0"):
         assert key in stderr
 
 
@@ -200,6 +217,46 @@ def test_layout_is_checked_against_the_models_own_shape(tmp_path: Path) -> None:
     assert error == "parallel.tp=9: does not divide the feed-forward size 1536"
     (error,) = check_config(compose_config([model, "parallel.pp=4"]))
     assert error == "parallel.pp=4: does not divide the model's 30 layers"
+
+
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_hidden_layers": 48,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+EXPERT_LAYOUTS = [
+    ({"tp": 4, "sequence_parallel": "true", "ep": 8, "dp": 4}, ""),
+    ({"tp": 2, "sequence_parallel": "true", "ep": 4, "etp": 2, "dp": 4, "pp": 2, "vpp": 4}, ""),
+    ({"cp": 8, "ep": 8}, ""),
+    ({"pp": 5, "first_stage_layers": 9, "last_stage_layers": 9}, ""),
+    ({"tp": 4, "dp": 2}, "parallel.sequence_parallel=False"),
+    ({"ep": 3, "dp": 3}, "parallel.ep=3: does not divide the model's 128 experts"),
+    ({"etp": 512, "dp": 512}, "parallel.etp=512: does not divide the experts' width 768"),
+    ({"ep": 8, "dp": 4}, "parallel.ep=8: ep * etp = 8 must divide the 4 ranks"),
+    ({"pp": 4, "vpp": 5}, "parallel.vpp=5: does not divide the 12 layers"),
+    ({"pp": 5, "first_stage_layers": 9}, "parallel.pp=5: does not divide the 39 layers left"),
+    ({"pp": 2, "vpp": 2, "first_stage_layers": 23}, "first_stage_layers=23: must be a multiple"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "named"), EXPERT_LAYOUTS)
+def test_layouts_of_experts_and_stages(sizes: dict, named: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    arguments = [f"parallel.{key}={value}" for key, value in sizes.items()]
+    arguments += ["rollout.prompts_per_step=64", f"model.hf_path={tmp_path}"]
+    errors = check_config(compose_config(arguments))
+    assert bool(errors) == bool(named), errors
+    assert all(named in error or "parallel." in error for error in errors)
+    assert any(named in error for error in errors) == bool(named)
 
 
 @pytest.mark.parametrize("layout", ["single", "dp2", "tp2", "pp2"])

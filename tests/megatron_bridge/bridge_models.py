@@ -27,10 +27,27 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3_untied": ("Qwen3", {"tie_word_embeddings": False}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "tie_word_embeddings": False}),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        {
+            **EXPERTS,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        },
+    ),
     "llama_untied": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
 }
 
@@ -50,7 +67,7 @@ def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
             if parameter.dim() == 1:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             else:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
         model.save_pretrained(path)
         return model(TOKENS).logits
 

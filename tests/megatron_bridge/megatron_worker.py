@@ -46,21 +46,22 @@ def _work(rank: int, port: int, root: Path, cases: list[dict[str, Any]]) -> None
 
 
 def plant_wrong_rule(which: str) -> None:
-    """Replace a rule of Qwen3 by a bijection that round-trips just as well, and is wrong."""
+    """Replace a rule by a bijection that round-trips just as well, and is wrong."""
     from megatron_bridge import models
-    from megatron_bridge.models.architecture import gated, qkv
+    from megatron_bridge.models.architecture import expert_gated, gated, qkv
     from megatron_bridge.views import concat, shard
 
     def concatenated_then_cut(place: Any, *tensors: Any) -> Any:
         return shard(concat(0, tensors), 0, place.tp, place.tp_rank)
 
-    right = {"qkv": qkv, "gated": gated}[which]
-    table = models.ARCHITECTURES["Qwen3ForCausalLM"]
-    rows = tuple(
-        dataclasses.replace(row, rule=concatenated_then_cut) if row.rule is right else row
-        for row in table.rows
-    )
-    models.ARCHITECTURES["Qwen3ForCausalLM"] = dataclasses.replace(table, rows=rows)
+    right = {"qkv": qkv, "gated": gated, "expert_gated": expert_gated}[which]
+    for name in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
+        table = models.ARCHITECTURES[name]
+        rows = tuple(
+            dataclasses.replace(row, rule=concatenated_then_cut) if row.rule is right else row
+            for row in table.rows
+        )
+        models.ARCHITECTURES[name] = dataclasses.replace(table, rows=rows)
 
 
 def build(rank: int, hf_dir: Path, sizes: dict[str, int]) -> tuple[Any, Any, list[Any]]:
@@ -76,17 +77,19 @@ def build(rank: int, hf_dir: Path, sizes: dict[str, int]) -> tuple[Any, Any, lis
     from megatron_bridge.layout import Layout
     from megatron_bridge.load import detect_spec, load_hf
 
-    tp, pp, vpp = (sizes.get(name, 1) for name in ("tp", "pp", "vpp"))
-    layout = Layout(tp=tp, pp=pp, vpp=vpp, dp=WORLD // (tp * pp))
+    tp, pp, vpp, ep, etp = (sizes.get(name, 1) for name in ("tp", "pp", "vpp", "ep", "etp"))
+    layout = Layout(**{"dp": WORLD // (tp * pp), **sizes})
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
     )
     model_parallel_cuda_manual_seed(1)
     config = read_config(hf_dir)
-    parallel = ParallelConfig(tp=tp, pp=pp, vpp=vpp, dp=layout.dp)
+    parallel = ParallelConfig(**{"dp": layout.dp, **sizes})
     model = ModelConfig(hf_path=str(hf_dir), vocab_pad_multiple=MULTIPLE)
     chunks = build_chunks(config, transformer_config(config, model, parallel), MULTIPLE)
     for chunk in chunks:

@@ -14,7 +14,7 @@ def config(family="Qwen3", **changes):
     """The config.json that transformers writes for a tiny model, with changes."""
     import transformers
 
-    name = {"Qwen3": "qwen3_untied", "Llama": "llama_tied"}[family]
+    name = {"Qwen3": "qwen3_untied", "Llama": "llama_tied", "Qwen3Moe": "qwen3_moe"}[family]
     made = getattr(transformers, f"{family}Config")(**SIZES, **MODELS[name][1]).to_dict()
     made["architectures"] = [f"{family}ForCausalLM"]
     return {key: value for key, value in {**made, **changes}.items() if value != "absent"}
@@ -68,6 +68,34 @@ def test_sliding_windows_are_refused():
     with pytest.raises(ValueError, match="sliding_window"):
         describe(config("Llama", sliding_window=128))
     describe(config(sliding_window=128, max_window_layers=2))  # means nothing without the flag
+
+
+def test_experts_are_read_from_both_names_and_every_mistake_is_named():
+    hub = config("Qwen3Moe", num_local_experts="absent", num_experts=4)
+    assert describe(hub) == describe(config("Qwen3Moe"))
+    description = describe(config("Qwen3Moe", mlp_only_layers=[0], decoder_sparse_step=2))
+    assert description.shape.moe_layers == {1, 3}
+    assert description.transformer["moe_layer_freq"] == [0, 1, 0, 1]
+    assert description.transformer["moe_router_pre_softmax"] is False  # norm_topk_prob
+    for changes, named in (
+        ({"num_experts": 8}, "disagree"),
+        ({"num_local_experts": "absent"}, "num_experts is missing"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, "no layer has experts"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is 3"),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            describe(config("Qwen3Moe", **changes))
+
+
+def test_layouts_of_experts_that_do_not_fit_are_named():
+    moe = config("Qwen3Moe")
+    assert check(moe, Layout(tp=2, dp=2, ep=2, etp=2), 8) == []
+    assert "parallel.ep=8" in check(moe, Layout(dp=8, ep=8), 8)[0]
+    assert "parallel.etp=64" in check(moe, Layout(dp=64, etp=64), 8)[0]
+    assert "no experts" in check(config(), Layout(dp=2, ep=2), 8)[0]
 
 
 def test_every_offender_is_listed():

@@ -37,8 +37,24 @@ CASES = [
         "layout": {"tp": 2, "pp": 2},
         "dst": 2,
     },
+    {"name": "moe_tp2_etp2", "model": "qwen3_moe", "layout": {"tp": 2, "etp": 2}, "dst": 1},
+    {"name": "moe_tp2_etp1_ep4", "model": "qwen3_moe", "layout": {"tp": 2, "ep": 4}},
+    {"name": "moe_ep2_etp2", "model": "qwen3_moe", "layout": {"tp": 2, "ep": 2, "etp": 2}},
+    {"name": "moe_mixed_ep2_pp2", "model": "qwen3_moe_mixed", "layout": {"ep": 2, "pp": 2}},
+    {
+        "name": "moe_mixed_uneven",
+        "model": "qwen3_moe_mixed",
+        "layout": {"tp": 2, "pp": 2, "first_stage_layers": 1},
+        "dst": 2,
+    },
     {"name": "wrong_qkv", "model": "qwen3_tied", "layout": {"tp": 2}, "wrong": "qkv"},
     {"name": "wrong_gated", "model": "qwen3_tied", "layout": {"tp": 2}, "wrong": "gated"},
+    {
+        "name": "wrong_expert",
+        "model": "qwen3_moe",
+        "layout": {"tp": 2, "etp": 2},
+        "wrong": "expert_gated",
+    },
 ]
 RIGHT = [case["name"] for case in CASES if "wrong" not in case]
 WRONG = [case["name"] for case in CASES if "wrong" in case]

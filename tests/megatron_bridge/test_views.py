@@ -1,5 +1,6 @@
 """Properties of the algebra and of the tables, on plain tensors, under random layouts."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,25 @@ def cases(draw):
         "vocab_size": draw(st.integers(3, 70)),
         "tie_word_embeddings": draw(st.booleans()),
     }
-    layout = Layout(tp=tp, pp=pp, vpp=vpp, dp=draw(st.sampled_from([1, 2])))
+    sizes = {"tp": tp, "pp": pp, "vpp": vpp, "dp": draw(st.sampled_from([1, 2, 4]))}
+    if draw(st.booleans()):
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "num_experts": draw(st.sampled_from([4, 8])),
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": draw(st.sampled_from([4, 12])),
+            "decoder_sparse_step": draw(st.sampled_from([1, 2])) if pp > 1 else 1,
+        }
+        experts = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
+        stage = tp * sizes["dp"]
+        fitting = [(ep, etp) for ep, etp in experts if stage % (ep * etp) == 0]
+        sizes["ep"], sizes["etp"] = draw(st.sampled_from(fitting))
+    if pp > 1 and draw(st.booleans()):
+        config["num_hidden_layers"] += vpp
+        sizes[draw(st.sampled_from(["first", "last"])) + "_stage_layers"] = config[
+            "num_hidden_layers"
+        ] - vpp * (pp - 1)
+    layout = Layout(**sizes)
     return config, layout, draw(st.sampled_from(list(Spec))), draw(st.sampled_from([1, 4, 128]))
 
 
@@ -82,7 +101,7 @@ def test_load_then_export_gives_back_every_bit(case):
                 source = ranks[piece.rank][1][piece.chunk, piece.parameter][box.local]
                 exported[box.name][box.source].copy_(source)
                 filled[box.name] += box.numel
-                assert layout.coords(piece.rank).dp == 0
+                assert piece.rank % layout.stage_size < max(layout.tp, layout.ep * layout.etp)
     assert [entry[0] for entry in plan.entries] == list(weights)
     for name, tensor in weights.items():
         assert torch.equal(exported[name], tensor)
@@ -110,6 +129,12 @@ def test_engine_ranks_hold_every_weight(case, engine_tp):
     kv_heads = config["num_key_value_heads"]
     if config["num_attention_heads"] % engine_tp or (kv_heads % engine_tp and engine_tp % kv_heads):
         return
+    if "num_experts" in config and (
+        config["tie_word_embeddings"] or config["decoder_sparse_step"] > 1
+    ):
+        with pytest.raises(ValueError, match="SGLang cannot serve this Qwen3MoeForCausalLM"):
+            engine_views(config, engine_tp, 0, "cuda")
+        return
     boxes: dict = {}
     for rank in range(engine_tp):
         for view in engine_views(config, engine_tp, rank, "cuda").values():
@@ -117,6 +142,14 @@ def test_engine_ranks_hold_every_weight(case, engine_tp):
                 boxes.setdefault(box.name, []).append((box.start, box.size))
     for name, shape in hf_shapes(config).items():
         assert tiling_errors(name, shape, boxes[name]) == []
+
+
+def test_layers_of_uneven_stages_go_round_as_megatrons_do():
+    layout = Layout(pp=4, vpp=2, first_stage_layers=2, last_stage_layers=4)
+    chunks = [list(layout.chunk_layers(14, pp, chunk)) for chunk in (0, 1) for pp in range(4)]
+    assert chunks == [[0], [1, 2], [3, 4], [5, 6], [7], [8, 9], [10, 11], [12, 13]]
+    with pytest.raises(ValueError, match=r"15 layers .* parallel\.first_stage_layers=2"):
+        layout.chunk_layers(15, 0, 0)
 
 
 def test_tiling_check_sees_holes_overlaps_and_boxes_outside():

@@ -1,0 +1,117 @@
+"""Which trainer and engine layouts can hold a model, told from its config.json alone."""
+
+from collections.abc import Iterator
+
+from framework.config import ParallelConfig, RunConfig
+from framework.model_shape import ModelShape
+
+
+def layout_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
+    """One line for everything in `parallel` and `rollout.engine.tp` that this model rules out."""
+    parallel = config.parallel
+    yield from _tensor_parallel(parallel, shape)
+    yield from _pipeline(parallel, shape)
+    yield from _experts(parallel, shape)
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield "parallel.sequence_parallel=True: needs parallel.tp of at least 2"
+    shortest = 2 * parallel.cp
+    if parallel.cp > 1 and shortest > config.batch.max_tokens_per_microbatch:
+        yield (
+            f"parallel.cp={parallel.cp}: every sequence is padded to a multiple of 2 * cp = "
+            f"{shortest} tokens, more than batch.max_tokens_per_microbatch="
+            f"{config.batch.max_tokens_per_microbatch}"
+        )
+    yield from _engine(config.rollout.engine.tp, shape)
+    engines = config.stage == "rl" and config.mode != "train_only"
+    odd = shape.tied or shape.has_dense_layers
+    if engines and odd and shape.architecture == "Qwen3MoeForCausalLM":
+        yield (
+            f"model.hf_path={config.model.hf_path}: SGLang serves Qwen3-MoE only with experts in "
+            "every layer and tie_word_embeddings=false"
+        )
+    if not config.model.hf_path:
+        yield from _tiny(config)
+
+
+def _tensor_parallel(parallel: ParallelConfig, shape: ModelShape) -> Iterator[str]:
+    tp = parallel.tp
+    if shape.num_heads % tp:
+        yield f"parallel.tp={tp}: does not divide the model's {shape.num_heads} attention heads"
+    kv = max(1, shape.num_kv_heads)
+    if kv % tp and tp % kv:
+        yield f"parallel.tp={tp}: neither divides nor is a multiple of the {kv} key-value heads"
+    if shape.has_dense_layers and shape.ffn_size % tp:
+        yield f"parallel.tp={tp}: does not divide the feed-forward size {shape.ffn_size}"
+
+
+def _pipeline(parallel: ParallelConfig, shape: ModelShape) -> Iterator[str]:
+    pp, vpp, layers = parallel.pp, parallel.vpp, shape.num_layers
+    if pp == 1:
+        for key, unset in (("vpp", 1), ("first_stage_layers", 0), ("last_stage_layers", 0)):
+            if getattr(parallel, key) != unset:
+                yield f"parallel.{key}={getattr(parallel, key)}: needs parallel.pp of at least 2"
+        return
+    ends = {
+        f"parallel.{key}": getattr(parallel, key)
+        for key in ("first_stage_layers", "last_stage_layers")
+        if getattr(parallel, key)
+    }
+    for key, size in ends.items():
+        if size % vpp:
+            yield f"{key}={size}: must be a multiple of parallel.vpp={vpp}"
+    rest, even = layers - sum(ends.values()), pp - len(ends)
+    if rest < 0 or (even == 0 and rest):
+        named = ", ".join(f"{key}={size}" for key, size in ends.items())
+        yield f"{named}: the model has {layers} layers for parallel.pp={pp} stages"
+    elif even and rest % even:
+        which = f"the {rest} layers left" if ends else f"the model's {layers} layers"
+        yield f"parallel.pp={pp}: does not divide {which}" + (f" over {even} stages" * bool(ends))
+    elif even and rest // even % vpp:
+        yield f"parallel.vpp={vpp}: does not divide the {rest // even} layers of a pipeline stage"
+
+
+def _experts(parallel: ParallelConfig, shape: ModelShape) -> Iterator[str]:
+    ep, etp, tp = parallel.ep, parallel.etp, parallel.tp
+    ranks = tp * parallel.cp * parallel.dp
+    if not shape.num_experts:
+        for key, size in (("ep", ep), ("etp", etp)):
+            if size > 1:
+                yield f"parallel.{key}={size}: {shape.architecture} has no experts; must be 1"
+        return
+    if shape.num_experts % ep:
+        yield f"parallel.ep={ep}: does not divide the model's {shape.num_experts} experts"
+    if shape.expert_ffn_size % etp:
+        yield f"parallel.etp={etp}: does not divide the experts' width {shape.expert_ffn_size}"
+    if ranks % (ep * etp):
+        yield (
+            f"parallel.ep={ep}: ep * etp = {ep * etp} must divide the {ranks} ranks of a pipeline "
+            "stage (tp * cp * dp)"
+        )
+    if tp > 1 and not parallel.sequence_parallel:
+        yield (
+            "parallel.sequence_parallel=False: megatron-core trains experts under "
+            f"parallel.tp={tp} with sequence parallelism only; set it to true"
+        )
+
+
+def _engine(tp: int, shape: ModelShape) -> Iterator[str]:
+    kv = max(1, shape.num_kv_heads)
+    if shape.num_heads % tp or (kv % tp and tp % kv):
+        yield (
+            f"rollout.engine.tp={tp}: does not fit {shape.num_heads} attention heads and "
+            f"{kv} key-value heads"
+        )
+
+
+def _tiny(config: RunConfig) -> Iterator[str]:
+    tiny = config.model.tiny
+    if tiny.hidden_size % tiny.num_heads:
+        yield (
+            f"model.tiny.num_heads={tiny.num_heads}: does not divide model.tiny.hidden_size="
+            f"{tiny.hidden_size}"
+        )
+    if tiny.num_heads % tiny.num_kv_heads:
+        yield (
+            f"model.tiny.num_kv_heads={tiny.num_kv_heads}: does not divide "
+            f"model.tiny.num_heads={tiny.num_heads}"
+        )

@@ -1,0 +1,266 @@
+"""Trains the table of layouts: processes, models and journal; what each row is off by.
+
+megatron-core is imported once, in the process that calls `measure`; the ranks are forked from it.
+All rows of one world size run in one group of processes, one after the other.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo  # every optimizer imports it, for seconds: once here and not in each rank
+from layouts import MODELS, Case
+from safetensors.torch import load_file, save_file
+
+from framework.config import (
+    AlgorithmConfig,
+    BatchConfig,
+    GateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from framework.megatron.model import build_policy, read_hf_config
+from framework.megatron.parallel import start_mesh, stop_mesh
+from framework.trainer import Trainer
+from megatron_bridge.export import export_buckets
+from megatron_bridge.export_plan import ExportPlan
+from megatron_bridge.load import detect_spec, load_hf
+from megatron_bridge.mapping import hf_shapes
+from rollout.batch import make_batch
+from rollout.journal import write_step
+from rollout.source import JournalSource
+from rollout.types import Group, Sample
+
+NUM_STEPS = 3
+UPDATES_PER_STEP = 2  # from the second on the policy is not the old policy, and ratios not 1
+GROUPS = 4
+EPS = 1e-5
+"""AdamW's usual 1e-8 would turn the rounding error of a gradient near zero into a whole update."""
+BUCKET_BYTES = 1 << 16
+CASE_TIMEOUT_S = 120.0
+
+
+def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Train one rank for each model, then every case; a row of figures for each, by world size."""
+    write_journal(root / "rollouts")
+    models = dict.fromkeys(case.model for case in cases)
+    for model in models:
+        create_model(model, root / "models" / model)
+    run_group(root, [Case(model) for model in models])
+    for world in sorted({case.world_size for case in cases}):
+        group = [case for case in cases if case.world_size == world]
+        run_group(root, group)
+        yield from (compare(root, case) for case in group)
+
+
+def compare(root: Path, case: Case) -> dict[str, Any]:
+    """How far a case ended from one rank: relative for figures, absolute for weights."""
+    reference = Case(case.model)
+    found, wanted = (_results(root, each) for each in (case, reference))
+    weights, expected, start = (
+        load_file(path)
+        for path in (
+            _path(root, case).with_suffix(".safetensors"),
+            _path(root, reference).with_suffix(".safetensors"),
+            root / "models" / case.model / "model.safetensors",
+        )
+    )
+    assert weights.keys() == expected.keys()
+    worst = max(weights, key=lambda name: _difference(weights[name], expected[name]))
+    row: dict[str, Any] = {
+        "name": case.name,
+        "processes": case.world_size,
+        "weight_abs": _difference(weights[worst], expected[worst]),
+        "weight_worst": worst,
+        "moved_abs": max(_difference(expected[name], start[name]) for name in expected),
+        "time_s": found["time_s"],
+    }
+    for key in ("loss", "entropy", "grad_norm"):
+        pairs = zip(found["steps"], wanted["steps"], strict=True)
+        name = f"train/{key}"
+        row[f"{key}_rel"] = max(abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs)
+    return row
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+def _path(root: Path, case: Case) -> Path:
+    return root / f"{case.name.replace(' ', '_')}.json"
+
+
+def _results(root: Path, case: Case) -> dict[str, Any]:
+    return json.loads(_path(root, case).read_text())
+
+
+def create_model(model: str, path: Path) -> None:
+    """A Hugging Face directory with random weights, norms too."""
+    path.mkdir(parents=True)
+    config = MODELS[model]
+    (path / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, shape in hf_shapes(config).items():
+        values = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5
+    save_file(tensors, path / "model.safetensors")
+
+
+def write_journal(rollouts: Path) -> None:
+    """Groups of random lengths; longer answers tend to earn more, so that the loss is not small."""
+    rollouts.mkdir(parents=True)
+    random = np.random.default_rng(3)
+    for step in range(NUM_STEPS):
+        groups = []
+        for group_id in range(step * GROUPS, (step + 1) * GROUPS):
+            prompt = random.integers(0, 101, random.integers(2, 20))
+            samples = [_sample(random, group_id, index, prompt) for index in range(4)]
+            groups.append(Group(group_id=group_id, start_version=step, samples=samples))
+        write_step(rollouts, *make_batch(step, groups, generate_time_s=1.0))
+
+
+def _sample(random: np.random.Generator, group_id: int, index: int, prompt: np.ndarray) -> Sample:
+    length = int(random.integers(1, 40))
+    mask = random.random(length) < 0.9
+    mask[-1] = True
+    return Sample(
+        group_id=group_id,
+        index=index,
+        tokens=np.concatenate([prompt, random.integers(0, 101, length)]).astype(np.int32),
+        prompt_length=len(prompt),
+        loss_mask=mask.astype(np.uint8),
+        rollout_logprobs=(-random.exponential(3, length) * mask).astype(np.float32),
+        versions=np.where(mask, group_id // GROUPS, -1).astype(np.int32),
+        turn_starts=np.zeros(1, dtype=np.int32),
+        reward=float(length / 20 + random.random()),
+    )
+
+
+def run_group(root: Path, cases: Sequence[Case]) -> None:
+    """Run cases of one world size in one group of forked ranks; RuntimeError when a rank fails."""
+    world = cases[0].world_size
+    context = multiprocessing.get_context("fork")
+    ports = free_ports(len(cases))
+    ranks = [
+        context.Process(target=_rank, args=(root, rank, world, list(cases), ports))
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + CASE_TIMEOUT_S * len(cases)
+    try:
+        while any(rank.is_alive() for rank in ranks):
+            if any(rank.exitcode for rank in ranks):
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{world} ranks took over {CASE_TIMEOUT_S:g} s a layout")
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join(10)
+    failures = [path.read_text() for path in sorted(root.glob("failed.*"))]
+    if failures or any(rank.exitcode for rank in ranks):
+        raise RuntimeError(failures[0] if failures else f"a rank ended: {ranks}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _rank(root: Path, rank: int, world: int, cases: list[Case], ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    for case, port in zip(cases, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            train(root, rank, case)
+        except BaseException:
+            text = f"{case.name}, rank {rank}:\n{traceback.format_exc()}"
+            (root / f"failed.{rank}").write_text(text)
+            raise
+
+
+class Recorder:
+    """In place of the metrics logger."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Keep what the trainer reports."""
+        self.steps.append({k: v for k, v in metrics.items() if k.startswith("train/")})
+
+
+def train(root: Path, rank: int, case: Case) -> None:
+    """One case on one rank: the trainer's own loop over the journal; rank 0 leaves the outcome."""
+    hf_dir = root / "models" / case.model
+    config = RunConfig(
+        mode="train_only",
+        num_steps=NUM_STEPS,
+        model=ModelConfig(hf_path=str(hf_dir)),
+        parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
+        algorithm=AlgorithmConfig(updates_per_step=UPDATES_PER_STEP),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
+        batch=BatchConfig(max_tokens_per_microbatch=96),
+        gate=GateConfig(enabled=False),
+    )
+    started = time.perf_counter()
+    mesh = start_mesh(config.parallel, config.seed)
+    hf_config, multiple = read_hf_config(hf_dir), config.model.vocab_pad_multiple
+
+    def load_weights(chunks: list[Any]) -> None:
+        load_hf(chunks, hf_dir, mesh.layout, mesh.coords, multiple)
+
+    policy = build_policy(
+        hf_config, config.model, config.parallel, config.optimizer, mesh, load_weights
+    )
+    if case.planted:
+        for parameter in policy.chunks[0].parameters():
+            setattr(parameter, "sequence_parallel", False)  # noqa: B010
+    recorder: Any = Recorder() if rank == 0 else None
+    source = JournalSource(root / "rollouts")
+    Trainer(
+        config=config, mesh=mesh, policy=policy, source=source, sync=None, logger=recorder
+    ).train()
+    policy.sync_parameters()
+    plan = ExportPlan(
+        hf_config=hf_config,
+        layout=mesh.layout,
+        spec=detect_spec(policy.chunks),
+        dtype=torch.float32,
+        vocab_pad_multiple=multiple,
+        bucket_bytes=BUCKET_BYTES,
+    )
+    weights = {}
+    with export_buckets(plan, policy.chunks, rank) as stream:
+        for bucket in stream:
+            for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
+                weights[name] = tensor.clone()
+    stop_mesh()
+    if rank == 0:
+        save_file(weights, _path(root, case).with_suffix(".safetensors"))
+        outcome = {"steps": recorder.steps, "time_s": time.perf_counter() - started}
+        _path(root, case).write_text(json.dumps(outcome))

@@ -1,0 +1,127 @@
+"""The table of layouts that must train exactly as one rank does, and the models that they train."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LOSS_TOLERANCE = 1e-6
+"""Largest relative difference of a step's loss from that of one rank."""
+WEIGHT_TOLERANCE = 1e-5
+"""Largest absolute difference of any weight after the last step."""
+
+DENSE: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 101,  # padded in every layout
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # heads * head_dim is not hidden_size
+    "tie_word_embeddings": False,
+}
+MOE: dict[str, Any] = {
+    **DENSE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+LLAMA: dict[str, Any] = {**DENSE, "architectures": ["LlamaForCausalLM"]}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": DENSE,
+    "qwen3_tied": {**DENSE, "tie_word_embeddings": True},
+    "qwen3_deep": {**DENSE, "num_hidden_layers": 8},
+    "llama": LLAMA,
+    "llama_tied": {**LLAMA, "tie_word_embeddings": True},
+    "moe": MOE,
+    "moe_mixed": {**MOE, "tie_word_embeddings": True, "mlp_only_layers": [1]},
+}
+
+SHORT = {
+    "sequence_parallel": "sp",
+    "distributed_optimizer": "distopt",
+    "first_stage_layers": "first",
+    "last_stage_layers": "last",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a model and its layout."""
+
+    model: str
+    parallel: dict[str, Any] = field(default_factory=dict)
+    """Fields of `parallel` other than their defaults."""
+    ci: bool = False
+    """Run for every change; the others at night."""
+    planted: bool = False
+    """With the mistake that `PLANTED` describes."""
+
+    @property
+    def name(self) -> str:
+        """`qwen3 tp2 sp`; one rank: `qwen3`."""
+        parts = [self.model]
+        for key, value in self.parallel.items():
+            parts.append(SHORT.get(key, key) + ("" if value is True else str(value)))
+        return " ".join([*parts, *["planted"] * self.planted])
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        size = 1
+        for key in ("tp", "pp", "cp", "dp"):
+            size *= self.parallel.get(key, 1)
+        return size
+
+
+def _case(model: str, *flags: str, ci: bool = False, **sizes: int) -> Case:
+    return Case(model, {**sizes, **dict.fromkeys(flags, True)}, ci)
+
+
+SP, OPT, OVERLAP = "sequence_parallel", "distributed_optimizer", "overlap"
+
+CASES = [
+    _case("qwen3", tp=2),
+    _case("qwen3_tied", SP, tp=2, ci=True),
+    _case("qwen3_tied", pp=2),
+    _case("llama", pp=2, vpp=2, ci=True),
+    _case("qwen3", pp=2, first_stage_layers=1),
+    _case("qwen3", cp=2, ci=True),
+    _case("llama_tied", dp=2),
+    _case("qwen3", OPT, dp=2),
+    _case("qwen3", OVERLAP, dp=2),
+    _case("qwen3", OPT, OVERLAP, dp=2, ci=True),
+    _case("moe", dp=2, ep=2, ci=True),
+    _case("moe", cp=2, ep=2),
+    _case("moe", cp=2),
+    _case("moe", SP, tp=2),
+    _case("moe", SP, tp=2, ep=2),
+    _case("moe", SP, tp=2, etp=2, ci=True),
+    _case("moe_mixed", pp=2),
+    _case("qwen3", SP, tp=4),  # above the KV heads
+    _case("llama", pp=4),
+    _case("qwen3_deep", pp=4, vpp=2),
+    _case("llama_tied", cp=4),
+    _case("qwen3_tied", SP, tp=2, pp=2, ci=True),
+    _case("qwen3", SP, tp=2, cp=2),
+    _case("llama_tied", SP, OPT, tp=2, dp=2),
+    _case("qwen3_tied", OPT, OVERLAP, pp=2, vpp=2, dp=2),
+    _case("moe", SP, tp=2, dp=2, ep=2, etp=2),
+    _case("moe", SP, tp=2, dp=2, ep=4),
+    _case("moe", OPT, pp=2, dp=2, ep=2),
+    _case("moe", OPT, OVERLAP, dp=4, ep=2),
+    _case("moe_mixed", pp=2, vpp=2, cp=2, ep=2, ci=True),
+    _case("qwen3", SP, OPT, tp=2, pp=2, cp=2),
+    _case("qwen3_tied", SP, OPT, OVERLAP, tp=2, pp=2, vpp=2, dp=2),
+    _case("qwen3", OPT, pp=2, cp=2, dp=2),
+    _case("qwen3_deep", OPT, pp=4, dp=2, first_stage_layers=1, last_stage_layers=1),
+    _case("llama", OPT, OVERLAP, dp=8),
+    _case("moe", SP, tp=2, pp=2, dp=2, ep=2, etp=2),
+    _case("moe", SP, OPT, tp=2, cp=2, dp=2, ep=4, etp=2),
+    _case("moe_mixed", SP, OPT, OVERLAP, tp=2, pp=2, vpp=2, cp=2, ep=4),
+]
+
+PLANTED = Case("qwen3_tied", {"tp": 2, SP: True}, ci=True, planted=True)
+"""The norms' gradients are not summed over tensor-parallel ranks, each of which saw half of the
+sequence: no error, the first loss is right, and the table must tell."""
