@@ -29,6 +29,8 @@ from rollout.run_dir import RunDir
 from rollout.service import Service
 from rollout.tokens import Chat
 
+_STOP_S = 8.0
+"""How long a server that was told to end may take; longer than its own graceful shutdown."""
 _LAST_WORDS_S = 2.0
 """How long a failed process goes on answering, so that waiting trainers learn the reason."""
 
@@ -117,6 +119,8 @@ async def serve(parts: Parts, stop: asyncio.Event) -> None:
             await _first_of(service.finished, stop, parts.producer.failed, serving)
             if parts.producer.failed.is_set():
                 await asyncio.sleep(_LAST_WORDS_S)
+            elif serving.done():
+                raise ProducerFailure("the HTTP server ended by itself; see the log above")
         finally:
             parts.run_dir.remove_address("rollout")
             server.should_exit = True
@@ -166,11 +170,13 @@ async def run(run_dir: RunDir) -> None:
     stopping.cancel()
     if not work.done():
         # A server ends by itself when told to; anything else is cancelled.
-        done, _ = await asyncio.wait({work}, timeout=6.0)
+        done, _ = await asyncio.wait({work}, timeout=_STOP_S)
         if not done:
             work.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
+    try:
         await work
+    except asyncio.CancelledError:
+        raise ProducerFailure("told to end before it was finished") from None
 
 
 async def _work(run_dir: RunDir, stop: asyncio.Event) -> None:

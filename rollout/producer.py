@@ -49,7 +49,7 @@ class Producer:
         self._samples_per_prompt = samples_per_prompt
         self._seed = seed
         self._rollouts = rollouts
-        self._slots = asyncio.Semaphore(max_running_groups)
+        self._max_running_groups = max_running_groups
         self._changed = asyncio.Condition()
         self._delivery = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
@@ -66,10 +66,6 @@ class Producer:
 
         Raises ProducerFailure when it cannot come any more, ValueError for a step out of turn.
         """
-        if step in self._delivered:
-            return self._delivered[step]
-        if step < self.buffer.next_step:
-            return await asyncio.to_thread(read_step, step_path(self._rollouts, step))
         if step > self.buffer.next_step:
             raise ValueError(f"step {step} was asked for before step {self.buffer.next_step}")
         try:
@@ -96,12 +92,17 @@ class Producer:
             )
 
     async def _deliver(self, step: int) -> tuple[StepBatch, list[Sample]]:
-        """Take and journal a step once, however many ranks ask at the same time."""
+        """Take and journal a step once, however many ranks ask at the same time.
+
+        Under the lock: a rank that asks while the step is being written waits for the file.
+        """
         async with self._delivery:
             if step in self._delivered:
                 return self._delivered[step]
             if self.failure is not None:
                 raise ProducerFailure(self.failure)
+            if step < self.buffer.next_step:
+                return await asyncio.to_thread(read_step, step_path(self._rollouts, step))
             groups = self.buffer.take()
             assert groups is not None, "the buffer promised a batch"
             times = [self._times.pop(group.group_id) for group in groups]
@@ -120,21 +121,30 @@ class Producer:
             return self._delivered[step]
 
     def _admit(self) -> None:
-        while self.failure is None and (lease := self.buffer.lease()) is not None:
+        while self.failure is None and len(self._tasks) < self._max_running_groups:
+            if (lease := self.buffer.lease()) is None:
+                return
             task = asyncio.create_task(self._run(lease), name=f"group {lease.group_id}")
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self._admit()
 
     async def _run(self, lease: Lease) -> None:
         try:
-            async with self._slots:
-                start = time.monotonic()
-                samples = await self._generate(lease)
-                self._times[lease.group_id] = (start, time.monotonic())
+            start = time.monotonic()
+            samples = await self._generate(lease)
+            self._times[lease.group_id] = (start, time.monotonic())
         except EngineFailure as error:
             self._fail(str(error))
-        except ValueError as error:
-            self._fail(f"group {lease.group_id}: {error}")
+        except Exception as error:
+            # The environment boundary: its constructor is foreign code. Whatever ended this group
+            # must reach the trainers as the reason; they would wait for it otherwise.
+            logger.exception("group %d", lease.group_id)
+            self._fail(f"group {lease.group_id}: {type(error).__name__}: {error}")
         else:
             self.buffer.accept(
                 Group(group_id=lease.group_id, start_version=lease.start_version, samples=samples)

@@ -68,7 +68,7 @@ class Service:
                 return await handler(request)
             except _Refused as error:
                 return _line(error.status, str(error))
-            except (ProducerFailure, EngineFailure) as error:
+            except (ProducerFailure, EngineFailure, ValueError) as error:
                 return _line(500, str(error))
 
         return endpoint

@@ -90,13 +90,7 @@ class BufferClient:
     def evaluate(self, version: int) -> EvalResult:
         """Waits up to timeout_s."""
         message = VersionRequest(version=version)
-        try:
-            reply = self._post("/evaluate", message, timeout_s=self._timeout_s)
-        except httpx.ReadTimeout:
-            raise TimeoutError(
-                f"no evaluation of version {version} within rollout.batch_timeout_s="
-                f"{self._timeout_s:g}: {self._describe_health()}"
-            ) from None
+        reply = self._post("/evaluate", message, timeout_s=self._timeout_s)
         return decode(reply.content, EvalResult)
 
     def finish(self) -> None:
@@ -134,7 +128,9 @@ class BufferClient:
                 reply = self._http.post(path, content=body, timeout=timeout)
                 break
             except httpx.ReadTimeout:
-                raise
+                raise TimeoutError(
+                    f"{path}: no answer within {timeout.read:g} s: {self._describe_health()}"
+                ) from None
             except httpx.TransportError as error:
                 if time.monotonic() > deadline:
                     raise RolloutFailure(

@@ -12,11 +12,6 @@ from rollout.types import Sample, Status
 from tests.rollout.fakes import EchoEnvironment, ScriptedClient
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_model_dir) -> Chat:
-    return Chat.load(str(tiny_model_dir))
-
-
 def last_question(text: str) -> str:
     return text[-2:]
 

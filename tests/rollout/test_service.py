@@ -1,111 +1,21 @@
-"""The rollout process's HTTP interface and its client, over real sockets."""
+"""The rollout process's HTTP interface and its client, over real sockets (`running`: conftest)."""
 
 import asyncio
-import contextlib
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import httpx
 import pytest
-import uvicorn
 
-from rollout.buffer import DataBuffer
 from rollout.client import EngineFailure
-from rollout.config import DataConfig, SamplingConfig
 from rollout.data import PromptStream
-from rollout.evaluate import Evaluator
-from rollout.generate import Generator
-from rollout.journal import list_steps, read_step
+from rollout.journal import list_steps, read_step, write_step
 from rollout.messages import VersionRequest
-from rollout.producer import Producer
-from rollout.rewards import REWARDS
-from rollout.service import Service
 from rollout.source import BufferClient, RolloutFailure
-from rollout.tokens import Chat
 from rollout.wire import encode
-from tests.rollout.fakes import ScriptedClient
-
-TOKEN = "the-token-of-this-run"
-
-
-@dataclass
-class Running:
-    url: str
-    client: ScriptedClient
-    rollouts: object
-    loop: asyncio.AbstractEventLoop
-    service: Service
-
-    def source(self, timeout_s: float = 20.0, token: str = TOKEN) -> BufferClient:
-        return BufferClient(self.url, token, timeout_s)
-
-    def post(self, path: str, body: bytes, token: str = TOKEN) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {token}"}
-        return httpx.post(self.url + path, content=body, headers=headers, trust_env=False)
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model_dir) -> Chat:
-    return Chat.load(str(tiny_model_dir))
-
-
-def sorted_digits(text: str) -> str:
-    return "".join(sorted(text.removeprefix("<bos>").removesuffix("=")))
-
-
-@pytest.fixture
-def running(chat, tmp_path) -> Iterator[Running]:
-    """Two prompts a step, three samples each, at most one step stale, in a thread of its own."""
-    ready = threading.Event()
-    box: dict = {}
-
-    async def main() -> None:
-        client = ScriptedClient(chat, sorted_digits)
-        generator = Generator(
-            client=client,  # pyright: ignore[reportArgumentType]
-            chat=chat,
-            sampling=SamplingConfig(),
-            reward=REWARDS["environment"],
-            timeout_s=5.0,
-        )
-        data = DataConfig(eval_num_prompts=5)
-        producer = Producer(
-            buffer=DataBuffer(groups_per_step=2, max_staleness_steps=1),
-            prompts=PromptStream(data, 0, "train"),
-            generator=generator,
-            samples_per_prompt=3,
-            seed=0,
-            rollouts=tmp_path,
-            max_running_groups=8,
-        )
-        evaluator = Evaluator(
-            data=data, seed=0, generator=generator, results=tmp_path / "eval.jsonl"
-        )
-        service = Service(producer=producer, evaluator=evaluator, token=TOKEN, max_body_bytes=1000)
-        server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error"))
-        server.install_signal_handlers = lambda: None
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            loop = asyncio.get_running_loop()
-            box["running"] = Running(url, client, tmp_path, loop, service)
-            ready.set()
-            await service.finished.wait()
-            server.should_exit = True
-            await serving
-        await producer.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
-    thread.start()
-    assert ready.wait(10)
-    yield box["running"]
-    with contextlib.suppress(RuntimeError):
-        box["running"].loop.call_soon_threadsafe(box["running"].service.finished.set)
-    thread.join(10)
-    assert not thread.is_alive()
+from tests.rollout.conftest import TOKEN
 
 
 def test_steps_are_delivered_once_journaled_and_repeatable(running):
@@ -213,6 +123,7 @@ def test_sample_indices_and_versions_out_of_range(running):
     source.take(0)
     with pytest.raises(RolloutFailure, match=r"step 0 has 6 samples, not \[6, -1\]"):
         source.fetch(0, [0, 6, -1])
+    running.client.version = 1
     source.publish(1)
     with pytest.raises(RolloutFailure, match=r"version 0 was published after version 1"):
         source.publish(0)
@@ -231,6 +142,50 @@ def test_waiting_ranks_learn_why_generation_ended(running):
     with pytest.raises(RolloutFailure, match=r"the engine is on fire"):
         source.publish(0)
     assert source.health().failure == "the engine is on fire"
+
+
+def test_a_task_that_cannot_even_start_is_reported(running, monkeypatch):
+    def explode(*arguments: object) -> None:
+        raise KeyError("no such row")
+
+    monkeypatch.setattr(PromptStream, "environments", explode)
+    source = running.source()
+    source.publish(0)
+    with pytest.raises(RolloutFailure, match=r"group 0: KeyError: 'no such row'"):
+        source.take(0)
+
+
+def test_a_rank_that_asks_while_the_step_is_being_written_waits(running, monkeypatch):
+    def slow(*arguments) -> None:
+        time.sleep(0.5)
+        write_step(*arguments)
+
+    monkeypatch.setattr("rollout.producer.write_step", slow)
+    first = running.source()
+    first.publish(0)
+    results: list = []
+    thread = threading.Thread(target=lambda: results.append(first.take(0)))
+    thread.start()
+    time.sleep(0.25)
+    other = running.source()
+    assert other.take(0).step == 0
+    assert len(other.fetch(0, [0])) == 1
+    thread.join(10)
+    assert results == [other.take(0)]
+
+
+def test_no_more_groups_run_at_a_time_than_allowed(running):
+    running.client.gate = asyncio.Event()
+    running.service._producer._max_running_groups = 3
+    source = running.source()
+    source.publish(0)
+    time.sleep(0.2)
+    assert source.health().running == 3
+    running.loop.call_soon_threadsafe(running.client.gate.set)
+    assert source.take(0).step == 0
+    running.client.version = 1
+    source.publish(1)
+    assert source.take(1).step == 1
 
 
 def test_a_wait_is_bounded_and_says_what_is_missing(running, monkeypatch):

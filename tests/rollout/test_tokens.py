@@ -4,11 +4,6 @@ from rollout.environments.base import Message
 from rollout.tokens import Chat
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_model_dir) -> Chat:
-    return Chat.load(str(tiny_model_dir))
-
-
 def user(text: str) -> Message:
     return {"role": "user", "content": text}
 
