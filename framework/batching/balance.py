@@ -218,6 +218,8 @@ def _swap_for_several(dear: _Rank, cheap: _Rank, wanted: int) -> _Change | None:
                 most = given + dear.rooms[k]
                 for start in range(len(pieces)):
                     stop = bisect_left(tokens, tokens[start] + least, start)
+                    if len(source) == 1:
+                        stop = max(stop, start + 1)  # nothing in return would leave it empty
                     for end in range(stop, min(stop + _NEAR, len(tokens))):
                         gain = dear.cost[given] - spent[end] + spent[start]
                         off = abs(gain - wanted)

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rollout.config import EngineConfig, load_rollout_run
 from rollout.process import LAUNCHER_PID, end_process_group, follow_launcher
 from rollout.run_dir import RunDir
@@ -187,11 +189,28 @@ class EngineProcess:
         connection = http.client.HTTPConnection(host, self.port, timeout=3)
         try:
             connection.request("GET", "/ready")
-            return connection.getresponse().status == 200
+            return connection.getresponse().status == 200 and self._listens()
         except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()
+
+    def _listens(self) -> bool:
+        """Whether it is our server that answers on the port, not one that took it meanwhile."""
+        assert self.process is not None
+        try:
+            server = psutil.Process(self.process.pid)
+            sockets = [
+                connection
+                for process in [server, *server.children(recursive=True)]
+                for connection in process.net_connections("tcp")
+            ]
+        except psutil.NoSuchProcess:
+            return False
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.port
+            for connection in sockets
+        )
 
     def tail(self, num_lines: int = 15) -> str:
         """The last lines this server logged."""

@@ -227,6 +227,24 @@ def test_a_server_that_does_not_come_up(tiny_model_dir, tmp_path, monkeypatch, e
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
+def test_a_foreign_server_on_the_port_is_not_taken_for_ours(
+    engine, tiny_model_dir, tmp_path, monkeypatch
+):
+    """The shared server holds the port; our stand-in never listens, so nothing is ready."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN.replace("{end}", ""))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("rollout.server.engine._LAUNCH", "stand_in")
+    monkeypatch.setattr("rollout.server.engine.free_port", lambda host: engine.port)
+    process = EngineProcess(
+        config=EngineConfig(device="cpu", start_timeout_s=1.0),
+        model_path=str(tiny_model_dir),
+        api_key="",
+        log_path=tmp_path / "log",
+    )
+    with pytest.raises(EngineError, match=r"within 1 s"):
+        process.start()
+
+
 def _sleepers(path: Path) -> list[int]:
     found = []
     for process in psutil.process_iter(["environ", "status"]):
