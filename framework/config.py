@@ -165,7 +165,7 @@ class CheckpointConfig:
     async_save: bool = True
     """Write in the background while the next steps train."""
     resume: str = "never"
-    """never | auto: go on with the run in run_dir from its newest checkpoint | a checkpoint's path."""
+    """never | auto: go on with run_dir's run from its newest checkpoint | a checkpoint's path."""
     timeout_s: float = 600.0
     """Longest wait for a background save."""
 

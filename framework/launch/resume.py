@@ -1,4 +1,4 @@
-"""Going on with an earlier run: what must be the same, and bringing its directory to a checkpoint."""
+"""Going on with an earlier run: what must be the same, and its directory back to a checkpoint."""
 
 import dataclasses
 from collections.abc import Iterator
