@@ -12,6 +12,7 @@ from pathlib import Path
 from framework.cluster_checks import cluster_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
+from framework.launch.resume import resume_errors
 from framework.layout_checks import layout_errors
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
@@ -196,10 +197,11 @@ def _paths(config: RunConfig) -> Iterator[str]:
             if not any(Path(config.model.init_from).expanduser().glob("*.safetensors")):
                 yield f"model.init_from={config.model.init_from}: no *.safetensors in it"
     path = Path(config.run_dir)
-    if (path / "config.yaml").exists():
+    yield from resume_errors(config)
+    if (path / "config.yaml").exists() and config.checkpoint.resume != "auto":
         yield (
             f"run_dir={config.run_dir}: already holds a run; choose another run_dir= or name=, "
-            "or remove it"
+            "or remove it, or go on with it by checkpoint.resume=auto"
         )
     elif path.exists() and not path.is_dir():
         yield f"run_dir={config.run_dir}: exists and is not a directory"

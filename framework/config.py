@@ -171,6 +171,24 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Resumable state in run_dir/checkpoints: trainers, journal position and the data buffer."""
+
+    every_steps: int = 0
+    """Save after every so many steps and after the last one; 0: never."""
+    keep: int = 2
+    """Newest checkpoints that stay; 0: all of them."""
+    keep_every_steps: int = 0
+    """Besides those, checkpoints of steps divisible by this stay for good; 0: none."""
+    async_save: bool = True
+    """Write in the background while the next steps train."""
+    resume: str = "never"
+    """never | auto: go on with run_dir's run from its newest checkpoint | a checkpoint's path."""
+    timeout_s: float = 600.0
+    """Longest wait for a background save."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ClusterConfig:
     """Where the roles run."""
 
@@ -232,5 +250,6 @@ class RunConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

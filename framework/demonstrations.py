@@ -43,6 +43,13 @@ class DemonstrationSource:
         """Not offered: measuring needs an engine."""
         raise ValueError("stage=sft has no engine to evaluate with; evaluate its hf/ by mode=eval")
 
+    def snapshot(self, version: int) -> bytes:
+        """A batch is a function of its step."""
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """The step is enough."""
+
     def finish(self) -> None:
         """Nothing to end."""
 

@@ -53,6 +53,7 @@ POSITIVE = (
     "gate.logprob_abs_diff_max_bf16",
     "warm_start.batch_size",
     "warm_start.lr",
+    "checkpoint.timeout_s",
     "cluster.num_nodes",
     "cluster.gpus_per_node",
     "cluster.cpus_per_task",
@@ -77,6 +78,9 @@ NOT_NEGATIVE = (
     "warm_start.warmup_steps",
     "warm_start.weight_decay",
     "eval.every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.keep_every_steps",
     "cluster.engine_nodes",
 )
 FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2", "algorithm.clip_low")

@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+from rollout.journal import trim_lines
+
 
 class Tracker(Protocol):
     """One place that figures go to."""
@@ -42,10 +44,10 @@ class JsonlTracker:
 class TensorBoardTracker:
     """Event files under run_dir/tensorboard."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, first_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import: only where wanted
 
-        self._writer = SummaryWriter(str(path), flush_secs=5)
+        self._writer = SummaryWriter(str(path), flush_secs=5, purge_step=first_step or None)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One scalar for each figure."""
@@ -60,12 +62,16 @@ class TensorBoardTracker:
 class MetricsLogger:
     """Fans the figures of a step out to the run's trackers. Made on the logging rank only."""
 
-    def __init__(self, run_dir: Any, tensorboard: bool = True) -> None:
-        """run_dir: a rollout.run_dir.RunDir or a path."""
+    def __init__(self, run_dir: Any, tensorboard: bool = True, done: int = 0) -> None:
+        """Lines of steps after `done` are dropped: the run goes on from there and writes them anew.
+
+        run_dir: a rollout.run_dir.RunDir or a path.
+        """
         path = Path(getattr(run_dir, "path", run_dir))
+        trim_lines(path / "metrics.jsonl", "step", done if done else -1)
         self._trackers: list[Tracker] = [JsonlTracker(path / "metrics.jsonl")]
         if tensorboard:
-            self._trackers.append(TensorBoardTracker(path / "tensorboard"))
+            self._trackers.append(TensorBoardTracker(path / "tensorboard", done + 1 if done else 0))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record figures by slash-named key (`train/loss`).

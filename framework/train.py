@@ -1,13 +1,22 @@
 """Entry of a trainer rank: `torchrun ... -m framework.train --run-dir RUN`."""
 
 import argparse
+import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from framework.checkpoints import (
+    Checkpoint,
+    find_checkpoint,
+    newest_checkpoint,
+    remove_unfinished,
+)
 from framework.compose import load_run_config
 from framework.config import RunConfig
 from rollout.process import follow_launcher
@@ -31,8 +40,10 @@ def main() -> None:
 
 def run(config: RunConfig, run_dir: RunDir) -> None:
     """Build this rank's trainer, run the loop, save the final policy to run_dir/hf."""
+    from framework.megatron.checkpoint import CheckpointWriter, load_checkpoint
     from framework.megatron.model import DTYPES, build_policy, read_hf_config
     from framework.megatron.parallel import start_mesh, stop_mesh
+    from framework.megatron.sharded_state import blank_weights
     from framework.metrics import MetricsLogger
     from framework.trainer import Trainer
     from megatron_bridge.export_plan import ExportPlan
@@ -40,16 +51,23 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     from megatron_bridge.save import save_hf
 
     mesh = start_mesh(config.parallel, config.seed)
+    found = resume_point(config, run_dir, mesh.rank)
+    done = found.step if found is not None else 0
     hf_config = read_hf_config(config.model.hf_path)
     multiple = config.model.vocab_pad_multiple
 
     def load_weights(chunks: list[Any]) -> None:
+        if found is not None:
+            blank_weights(chunks)
+            return
         weights = config.model.init_from or config.model.hf_path
         load_hf(chunks, weights, mesh.layout, mesh.coords, multiple, hf_config)
 
     policy = build_policy(
         hf_config, config.model, config.parallel, config.optimizer, mesh, load_weights
     )
+    if found is not None:
+        load_checkpoint(found, policy, mesh)
     plan = ExportPlan(
         hf_config=hf_config,
         layout=mesh.layout,
@@ -62,7 +80,10 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     source = batch_source(config, run_dir)
     logger = None
     if mesh.rank == 0:
-        logger = MetricsLogger(run_dir.path, tensorboard=config.tracker.tensorboard)
+        logger = MetricsLogger(run_dir.path, tensorboard=config.tracker.tensorboard, done=done)
+        if found is not None:
+            source.restore(found.rollout_state())
+    dist.barrier()  # no rank asks for batches before they are the right ones
     sync = weight_sync(config, run_dir, mesh.rank, policy, plan) if live else None
     trainer = Trainer(
         config=config,
@@ -71,9 +92,17 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         source=source,
         sync=sync,
         logger=logger,
+        checkpoints=(
+            CheckpointWriter(config, policy, mesh, run_dir.checkpoints)
+            if config.checkpoint.every_steps
+            else None
+        ),
+        start_step=done,
     )
     trainer.train()
     policy.sync_parameters()
+    if mesh.rank == 0 and run_dir.hf.exists():  # of the run that this one went on from
+        shutil.rmtree(run_dir.hf)
     save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
     if sync is not None:
         sync.close()
@@ -81,6 +110,44 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         source.finish()
         logger.close()
     stop_mesh()
+
+
+def resume_point(config: RunConfig, run_dir: RunDir, rank: int) -> Checkpoint | None:
+    """Where this run goes on; the same on every rank. None: at its beginning.
+
+    A run that has checkpoints of its own goes on from the newest when it may (checkpoint.resume)
+    or when torchrun has started its trainers again.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another kind of run.
+    """
+    box: list[Any] = [None, ""]
+    if rank == 0:
+        try:
+            box[0] = _find_resume_point(config, run_dir)
+        except ValueError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1]:
+        raise ValueError(box[1])
+    return box[0]
+
+
+def _find_resume_point(config: RunConfig, run_dir: RunDir) -> Checkpoint | None:
+    resume = config.checkpoint.resume
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    remove_unfinished(run_dir.checkpoints)
+    if resume == "never" and not restarted:
+        return None
+    found = newest_checkpoint(run_dir.checkpoints)
+    if found is None and resume not in ("auto", "never"):
+        found = find_checkpoint(resume)
+    if found is not None and found.manifest.stage != config.stage:
+        raise ValueError(
+            f"checkpoint.resume={resume}: {found.path} is of stage={found.manifest.stage}, this "
+            f"run of stage={config.stage}; start from its hf/ with model.init_from"
+        )
+    return found
 
 
 def batch_source(config: RunConfig, run_dir: RunDir):

@@ -12,6 +12,7 @@ from framework.algorithm.losses import LOSSES, LossConfig, token_weights
 from framework.batching import UpdatePlan, plan_step
 from framework.config import RunConfig
 from framework.flops import training_flops
+from framework.megatron.checkpoint import CheckpointWriter
 from framework.megatron.microbatch import Microbatch, pack_microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
@@ -39,6 +40,10 @@ class Trainer:
     """None where no engine follows the training (stage=sft, mode=train_only)."""
     logger: MetricsLogger | None
     """On the reporting rank (0)."""
+    checkpoints: CheckpointWriter | None = None
+    """None: this run saves none."""
+    start_step: int = 0
+    """Steps that the checkpoint we go on from had trained."""
 
     def __post_init__(self) -> None:
         sft = self.config.stage == "sft"
@@ -56,9 +61,9 @@ class Trainer:
     def train(self) -> None:
         """The loop, whole."""
         config = self.config
-        self.push(0)
-        self.evaluate(0, config.eval.at_start)
-        for step in range(config.num_steps):
+        self.push(self.start_step)
+        self.evaluate(0, config.eval.at_start and self.start_step == 0)
+        for step in range(self.start_step, config.num_steps):
             self.source.publish(step)
             start = time.perf_counter()
             batch = self.source.take(step)
@@ -81,6 +86,9 @@ class Trainer:
             last = version == config.num_steps
             due = config.eval.at_end if last else bool(every) and version % every == 0
             self.evaluate(version, due)
+            self.save(version, last)
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
 
     def train_step(self, batch: StepBatch) -> dict[str, float]:
         """Train on one batch; returns its figures, the same on every rank."""
@@ -248,6 +256,16 @@ class Trainer:
                 },
             )
         dist.barrier()
+
+    def save(self, version: int, last: bool) -> None:
+        """Begin a checkpoint where one is due; else see to the one that is being written."""
+        if self.checkpoints is None:
+            return
+        if last or version % self.config.checkpoint.every_steps == 0:
+            state = self.source.snapshot(version) if self.mesh.rank == 0 else b""
+            self.checkpoints.save(version, state)
+        else:
+            self.checkpoints.poll()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write figures, on the rank that does."""

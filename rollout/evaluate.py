@@ -11,6 +11,7 @@ from rollout.config import DataConfig
 from rollout.data import PromptStream
 from rollout.environments import Environment
 from rollout.generate import Episode, Generator, run_together
+from rollout.journal import trim_lines
 from rollout.seeds import derive_seed
 from rollout.types import EvalResult, Sample
 
@@ -55,6 +56,10 @@ class Evaluator:
         )
         await asyncio.to_thread(self._write, result, samples[:_NUM_TEXTS])
         return result
+
+    async def forget_after(self, version: int) -> None:
+        """Drop the results of later versions: the run goes on from this one."""
+        await asyncio.to_thread(trim_lines, self._results, "version", version)
 
     async def _chunk(self, indices: range, version: int) -> list[Sample]:
         episodes = [self._episode(index) for index in indices]

@@ -4,6 +4,7 @@ It is the unit of recovery, the input of mode=train_only and what the report sho
 either absent or complete.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,3 +59,27 @@ def read_step(path: Path) -> tuple[StepBatch, list[Sample]]:
 def list_steps(rollouts: Path) -> list[Path]:
     """The files of a journal, in order of their steps."""
     return sorted(rollouts.glob("step_*.msgpack"))
+
+
+def drop_steps(rollouts: Path, first: int) -> None:
+    """Remove the files of step `first` and later: a run goes on from there and writes them anew."""
+    for path in list_steps(rollouts):
+        if path >= step_path(rollouts, first):
+            path.unlink()
+
+
+def trim_lines(path: Path, key: str, last: int) -> None:
+    """Keep the complete lines of a JSON-lines file whose `key` is at most `last`.
+
+    For a run that goes on from an earlier step. Atomic; a file that is not there stays so.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    complete = data[: data.rfind(b"\n") + 1]
+    kept = b"".join(
+        line for line in complete.splitlines(keepends=True) if json.loads(line)[key] <= last
+    )
+    if kept != data:
+        write_atomic(path, kept)

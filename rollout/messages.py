@@ -21,7 +21,10 @@ class SamplesRequest:
 
 @dataclass(kw_only=True, slots=True)
 class VersionRequest:
-    """POST /version (new groups may start) and POST /evaluate (-> EvalResult)."""
+    """POST /version (new groups may start), /evaluate (-> EvalResult), /state (-> ProducerState).
+
+    POST /restore takes a ProducerState.
+    """
 
     version: int
 

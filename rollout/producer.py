@@ -6,24 +6,36 @@ No polling: a published version starts groups, a finished group wakes the steps 
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.batch import make_batch
-from rollout.buffer import DataBuffer, Lease
+from rollout.buffer import BufferState, DataBuffer, Lease
 from rollout.client import EngineFailure
 from rollout.data import PromptStream
 from rollout.generate import Episode, Generator
-from rollout.journal import read_step, step_path, write_step
+from rollout.journal import drop_steps, read_step, step_path, write_step
 from rollout.seeds import derive_seed
 from rollout.types import Group, Sample, Status, StepBatch
 
 logger = logging.getLogger(__name__)
 
 _STEPS_IN_MEMORY = 2
+_STATE_FORMAT = 1
 
 
 class ProducerFailure(RuntimeError):
     """Generation ended for good; the message is the reason."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ProducerState:
+    """What generation needs to go on from a step: part of a checkpoint."""
+
+    format: int
+    buffer: BufferState
+    prompts: dict[str, int]
+    """The prompt stream's cursor."""
 
 
 class Producer:
@@ -75,6 +87,36 @@ class Producer:
             return None
         return await self._deliver(step)
 
+    def state_dict(self, step: int) -> ProducerState:
+        """Everything, between the delivery of step - 1 and that of `step`; ValueError elsewhere."""
+        if self.buffer.next_step != step:
+            raise ValueError(
+                f"the state before step {step} was asked for; step {self.buffer.next_step} is next"
+            )
+        return ProducerState(
+            format=_STATE_FORMAT,
+            buffer=self.buffer.state_dict(),
+            prompts=self._prompts.state_dict(),
+        )
+
+    async def load_state_dict(self, state: ProducerState) -> None:
+        """Go on from a saved state, whatever was generated since; nothing starts before publish().
+
+        The journal ends where the state does. ValueError: the state is not usable.
+        """
+        if state.format != _STATE_FORMAT:
+            raise ValueError(f"rollout state {state.format}; this version reads {_STATE_FORMAT}")
+        for group in state.buffer.accepted:
+            for sample in group.samples:
+                sample.check()
+        await self.close()
+        async with self._delivery:
+            self.buffer.load_state_dict(state.buffer)
+            self._prompts.load_state_dict(state.prompts)
+            self._delivered.clear()
+            self._times.clear()
+            await asyncio.to_thread(drop_steps, self._rollouts, state.buffer.next_step)
+
     async def close(self) -> None:
         """Stop generating."""
         for task in self._tasks:
@@ -105,7 +147,8 @@ class Producer:
                 return await asyncio.to_thread(read_step, step_path(self._rollouts, step))
             groups = self.buffer.take()
             assert groups is not None, "the buffer promised a batch"
-            times = [self._times.pop(group.group_id) for group in groups]
+            now = time.monotonic()  # groups that came with a checkpoint have no times
+            times = [self._times.pop(group.group_id, (now, now)) for group in groups]
             seconds = max(end for _, end in times) - min(start for start, _ in times)
             batch, samples = make_batch(step, groups, seconds)
             if all(sample.status is Status.FAILED for sample in samples):

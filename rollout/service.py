@@ -13,7 +13,7 @@ from starlette.routing import Route
 from rollout.client import EngineFailure
 from rollout.evaluate import Evaluator
 from rollout.messages import BatchRequest, Health, SamplesRequest, VersionRequest
-from rollout.producer import Producer, ProducerFailure
+from rollout.producer import Producer, ProducerFailure, ProducerState
 from rollout.wire import CONTENT_TYPE, decode, encode
 
 T = TypeVar("T")
@@ -48,6 +48,8 @@ class Service:
             "/samples": self._samples,
             "/version": self._version,
             "/evaluate": self._evaluate,
+            "/state": self._state,
+            "/restore": self._restore,
             "/finish": self._finish,
         }
         routes = [Route("/health", self._guarded(self._health), methods=["GET"])]
@@ -147,6 +149,22 @@ class Service:
     async def _evaluate(self, request: Request) -> Response:
         wanted = await self._read(request, VersionRequest)
         return _message(await self._evaluator.run(wanted.version))
+
+    async def _state(self, request: Request) -> Response:
+        wanted = await self._read(request, VersionRequest)
+        try:
+            return _message(self._producer.state_dict(wanted.version))
+        except ValueError as error:
+            raise _Refused(409, str(error)) from None
+
+    async def _restore(self, request: Request) -> Response:
+        state = await self._read(request, ProducerState)
+        try:
+            await self._producer.load_state_dict(state)
+        except ValueError as error:
+            raise _Refused(400, str(error)) from None
+        await self._evaluator.forget_after(state.buffer.next_step)
+        return Response(status_code=200)
 
     async def _finish(self, request: Request) -> Response:
         self.finished.set()

@@ -37,6 +37,14 @@ class BatchSource(Protocol):
         """Accuracy on held-out prompts (one rank calls it)."""
         ...
 
+    def snapshot(self, version: int) -> bytes:
+        """What goes on from step `version` needs, for a checkpoint; b"": the step says it all."""
+        ...
+
+    def restore(self, state: bytes) -> None:
+        """Go on from a snapshot (one rank calls it, before anything is published)."""
+        ...
+
     def finish(self) -> None:
         """Nothing more will be asked for (one rank calls it)."""
         ...
@@ -93,6 +101,16 @@ class BufferClient:
         reply = self._post("/evaluate", message, timeout_s=self._timeout_s)
         return decode(reply.content, EvalResult)
 
+    def snapshot(self, version: int) -> bytes:
+        """Prompt cursor, running and finished groups, as the rollout process tells them."""
+        return self._post("/state", VersionRequest(version=version)).content
+
+    def restore(self, state: bytes) -> None:
+        """ValueError: the checkpoint was saved without a rollout process."""
+        if not state:
+            raise ValueError("the checkpoint holds no rollout state: mode=train did not save it")
+        self._send("/restore", state)
+
     def finish(self) -> None:
         """The rollout process ends."""
         self._post("/finish", None)
@@ -116,11 +134,13 @@ class BufferClient:
         )
 
     def _post(self, path: str, message: object, timeout_s: float | None = None) -> httpx.Response:
+        return self._send(path, encode(message), timeout_s)
+
+    def _send(self, path: str, body: bytes, timeout_s: float | None = None) -> httpx.Response:
         """One request; a process that cannot be reached is tried again for a short while.
 
         Every request of ours may be repeated: asking twice gives the same answer.
         """
-        body = encode(message)
         timeout = httpx.Timeout(timeout_s or _LONG_POLL_MARGIN_S, connect=5.0)
         deadline = time.monotonic() + _RECONNECT_S
         while True:
@@ -170,6 +190,13 @@ class JournalSource:
         raise ValueError(
             "mode=train_only has no engines: set eval.at_start=false eval.at_end=false"
         )
+
+    def snapshot(self, version: int) -> bytes:
+        """The journal stays where it is."""
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """The step is enough."""
 
     def finish(self) -> None:
         """Nobody waits: nothing to do."""

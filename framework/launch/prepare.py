@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from framework.compose import ConfigError, config_yaml
 from framework.config import RunConfig
+from framework.launch.resume import rewind
 from framework.tiny_model import create_tiny_model
-from rollout.run_dir import RunDir
+from rollout.run_dir import RunDir, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,18 +64,47 @@ def write_run(config: RunConfig) -> Stages:
     """
     stages = resolve_stages(config)
     run_dir = RunDir(stages.main.run_dir)
+    if config.checkpoint.resume == "auto" and run_dir.config.exists():
+        return _continue_run(stages)
     run_dir.create()
     _write_config(run_dir, stages.main)
-    if not config.model.hf_path:
-        from transformers.utils import logging  # seconds to import: only where it is needed
-
-        logging.disable_progress_bar()
-        create_tiny_model(config.model.tiny, stages.main.model.hf_path)
+    _create_model(stages.main, run_dir)
     if stages.warm_start is not None:
         nested = RunDir(stages.warm_start.run_dir)
         nested.create()
         _write_config(nested, stages.warm_start)
     return stages
+
+
+def _continue_run(stages: Stages) -> Stages:
+    """Bring the directory of an earlier run to its newest checkpoint; what is left to be run."""
+    main, warm_start = stages.main, stages.warm_start
+    run_dir = RunDir(main.run_dir)
+    done = rewind(run_dir)
+    if not (run_dir.path / "tiny_model" / "tiny_model.json").exists():
+        _create_model(main, run_dir)
+    write_atomic(run_dir.config, config_yaml(main).encode())
+    if warm_start is None:
+        return stages
+    nested = RunDir(warm_start.run_dir)
+    if done or nested.hf.exists():
+        return dataclasses.replace(stages, warm_start=None)
+    nested.create()
+    rewind(nested)
+    write_atomic(nested.config, config_yaml(warm_start).encode())
+    return stages
+
+
+def _create_model(config: RunConfig, run_dir: RunDir) -> None:
+    """The tiny model, where the run's model is that."""
+    path = run_dir.path / "tiny_model"
+    if config.model.hf_path != str(path):
+        return
+    from transformers.utils import logging  # seconds to import: only where it is needed
+
+    logging.disable_progress_bar()
+    shutil.rmtree(path, ignore_errors=True)  # half of one, left by a run that was killed
+    create_tiny_model(config.model.tiny, path)
 
 
 def _write_config(run_dir: RunDir, config: RunConfig) -> None:

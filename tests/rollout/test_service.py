@@ -225,3 +225,43 @@ def test_a_journal_that_cannot_be_written_ends_the_run(running, monkeypatch):
     source.publish(0)
     with pytest.raises(RolloutFailure, match=r"journal cannot be written: no space"):
         source.take(0)
+
+
+def test_a_restored_state_gives_the_same_batches_again(running):
+    """Whatever was generated since: at staleness 1, groups are ahead when the state is taken."""
+    source = running.source()
+    source.publish(0)
+    source.take(0)
+    state = source.snapshot(1)
+    running.client.version = 1
+    source.publish(1)
+    first = [source.take(step) for step in (1, 2)]
+    samples = [source.fetch(step, [0, 5]) for step in (1, 2)]
+    assert len(list_steps(running.rollouts)) == 3
+    source.restore(state)
+    assert len(list_steps(running.rollouts)) == 1
+    assert source.health().policy_version == 0
+    assert source.health().running == 0
+    source.publish(1)
+    for step in (1, 2):
+        again = source.take(step)
+        groups = [info.group_id for info in first[step - 1].samples]
+        assert [info.group_id for info in again.samples] == groups
+        for mine, other in zip(source.fetch(step, [0, 5]), samples[step - 1], strict=True):
+            assert mine.tokens.tolist() == other.tokens.tolist()
+
+
+def test_states_that_do_not_fit_are_refused(running):
+    source = running.source()
+    with pytest.raises(RolloutFailure, match="the state before step 3 was asked for; step 0 is"):
+        source.snapshot(3)
+    assert running.post("/restore", b"rubbish").status_code == 400
+    wrong = encode({"format": 9, "buffer": EMPTY_BUFFER, "prompts": {"position": 0}})
+    reply = running.post("/restore", wrong)
+    assert (reply.status_code, reply.text) == (400, "rollout state 9; this version reads 1")
+    with pytest.raises(ValueError, match="holds no rollout state"):
+        source.restore(b"")
+    assert running.post("/state", b"", token="no").status_code == 401
+
+
+EMPTY_BUFFER = {"version": -1, "next_group_id": 0, "next_step": 0, "leases": [], "accepted": []}

@@ -1,0 +1,125 @@
+"""Going on with an earlier run: what must be the same, and its directory back to a checkpoint."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from framework.checkpoints import Checkpoint, find_checkpoint, newest_checkpoint
+from framework.compose import ConfigError, load_run_config
+from framework.config import RunConfig
+from rollout.journal import drop_steps, trim_lines
+from rollout.run_dir import RunDir
+
+MAY_DIFFER = (
+    *("name", "run_dir", "num_steps", "dry_run", "parallel", "batch", "cluster", "tracker"),
+    *("checkpoint", "eval", "weight_sync", "gate"),
+    *(f"rollout.{name}" for name in ("host", "port", "address", "batch_timeout_s")),
+    "rollout.max_body_bytes",
+    *(f"rollout.engine.{name}" for name in ("num_engines", "tp", "host", "urls", "api_key")),
+    *(f"rollout.engine.{name}" for name in ("max_total_tokens", "max_running_requests")),
+    *(f"rollout.engine.{name}" for name in ("start_timeout_s", "request_timeout_s")),
+    *("rollout.engine.max_retries", "data.timeout_s"),
+)
+"""Sections and keys that say where and how long a run computes, not what."""
+_IMPLIED = ("model.hf_path", "model.init_from")
+"""Filled in by the run itself where the user leaves them empty."""
+
+
+def resume_errors(config: RunConfig) -> Iterator[str]:
+    """Why checkpoint.resume cannot be done, one line each."""
+    resume, run_dir = config.checkpoint.resume, RunDir(config.run_dir)
+    if resume == "never":
+        return
+    if config.mode not in ("train", "train_only"):
+        yield f"checkpoint.resume={resume}: mode={config.mode} has no checkpoints"
+        return
+    try:
+        if resume != "auto":
+            found = find_checkpoint(resume)
+            if found.manifest.stage != config.stage:
+                yield (
+                    f"checkpoint.resume={resume}: a checkpoint of stage={found.manifest.stage}; "
+                    f"this run is stage={config.stage}"
+                )
+            elif config.mode == "train" and config.stage == "rl" and not found.rollout_state():
+                yield (
+                    f"checkpoint.resume={resume}: a checkpoint of mode={found.manifest.mode}, "
+                    "without the state of a rollout process; start from its run's hf/ with "
+                    "model.init_from"
+                )
+        elif not run_dir.config.exists():
+            return
+        else:
+            found = newest_checkpoint(run_dir.checkpoints)
+            yield from _differences(load_run_config(run_dir.path), config)
+            if found is None and _is_without_checkpoints(run_dir):
+                yield (
+                    f"checkpoint.resume=auto: the run in {run_dir.path} saved no checkpoints "
+                    "(its checkpoint.every_steps is 0)"
+                )
+    except (ValueError, ConfigError) as error:
+        yield str(error)
+        return
+    if found is not None and found.step > config.num_steps:
+        yield f"num_steps={config.num_steps}: {found.path} has trained {found.step} already"
+
+
+def rewind(run_dir: RunDir) -> int:
+    """Drop what an earlier run wrote after its newest checkpoint; the steps that one has trained.
+
+    Its processes' addresses go, and their logs move aside (trainer.log -> trainer.1.log).
+    """
+    found: Checkpoint | None = newest_checkpoint(run_dir.checkpoints)
+    done = found.step if found is not None else 0
+    last = done if found is not None else -1
+    trim_lines(run_dir.metrics, "step", last)
+    trim_lines(run_dir.eval, "version", last)
+    drop_steps(run_dir.rollouts, done)
+    for path in run_dir.addresses.glob("*.json"):
+        path.unlink()
+    for path in sorted(run_dir.logs.glob("*.log")):
+        if not path.stem.rpartition(".")[2].isdecimal():
+            _move_aside(path)
+    return done
+
+
+def _move_aside(log: Path) -> None:
+    number = 1
+    while (target := log.with_name(f"{log.stem}.{number}.log")).exists():
+        number += 1
+    log.rename(target)
+
+
+def _is_without_checkpoints(run_dir: RunDir) -> bool:
+    return load_run_config(run_dir.path).checkpoint.every_steps == 0
+
+
+def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    """Keys of which the run that is gone on with had another value."""
+    before, now = _flat(old), _flat(new)
+    for key, value in now.items():
+        if any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER):
+            continue
+        if key == "replay_dir" and value:
+            value = str(Path(value).expanduser().absolute())
+        if key in _IMPLIED:
+            value = str(Path(value).expanduser().absolute()) if value else ""
+            if not value and before[key].startswith(str(RunDir(new.run_dir).path)):
+                continue
+        if before[key] != value:
+            yield (
+                f"{key}={value}: the run in {new.run_dir} has {key}={before[key]}; "
+                "checkpoint.resume=auto goes on with the same"
+            )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= _flat(value, f"{prefix}{field.name}.")
+        else:
+            values[f"{prefix}{field.name}"] = value
+    return values

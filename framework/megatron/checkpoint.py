@@ -1,0 +1,226 @@
+"""Saving and loading the trainers' state: model, optimizer, random generators. Any layout to any.
+
+save() copies nothing on a CPU and the GPU's tensors to the host; a forked process writes them. When
+all ranks' writers have ended, rank 0 gives the directory its name (framework.checkpoints).
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import pickle
+import queue
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
+
+from framework.checkpoints import (
+    CONFIG,
+    ROLLOUT,
+    Checkpoint,
+    Manifest,
+    begin,
+    commit,
+    prune,
+)
+from framework.compose import config_yaml
+from framework.config import RunConfig
+from framework.megatron.model import Policy
+from framework.megatron.parallel import Mesh
+from framework.megatron.sharded_state import (
+    count_updates,
+    load_model,
+    load_optimizers,
+    rng_object,
+    rng_state,
+    set_rng_state,
+    sharded_state,
+)
+from rollout.process import die_with_parent
+from rollout.run_dir import write_atomic
+
+_POLL_S = 0.02
+_VERSIONED = ("torch", "megatron-core")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or does not fit the model."""
+
+
+class CheckpointWriter:
+    """Saves of one run, at most one under way. Every method is a collective of all trainers."""
+
+    def __init__(self, config: RunConfig, policy: Policy, mesh: Mesh, root: Path) -> None:
+        self._config, self._policy, self._mesh, self._root = config, policy, mesh, root
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        # Replicas of a tensor share the writing of it.
+        self._strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), group)
+        self._calls = AsyncCallsQueue(persistent=False)
+
+    def save(self, step: int, rollout_state: bytes) -> None:
+        """Begin a checkpoint of the state as it is now; the policy may be trained on at once.
+
+        Args:
+            step: steps trained.
+            rollout_state: what the batch source needs to go on from there (on rank 0).
+
+        Raises:
+            CheckpointError: this save, or the one before, failed.
+        """
+        self.finish()
+        writing = self._root / "unused"
+        if self._mesh.rank == 0:
+            writing = begin(self._root, step)
+            write_atomic(writing / CONFIG, config_yaml(self._config).encode())
+            if rollout_state:
+                write_atomic(writing / ROLLOUT, rollout_state)
+        box: list[Any] = [str(writing)]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        writing = Path(box[0])
+        state = sharded_state(self._policy, is_loading=False)
+        state.tree["rng"] = rng_object(self._mesh, rng_state())
+        filesystem_async._results_queue = _WriterReport()  # pyright: ignore
+        with _named(writing):
+            request = dist_checkpointing.save(
+                state.tree,
+                str(writing),
+                self._strategy,
+                async_sharded_save=True,
+                async_strategy="mcore",
+                content_metadata={"format": "drivetrain"},
+            )
+        assert request is not None
+        manifest = self._manifest(step, count_updates(state.commons))
+        request.add_finalize_fn(functools.partial(self._commit, writing, manifest))
+        if not self._config.checkpoint.async_save:
+            with _named(writing):
+                request.execute_sync()
+            return
+        if request.async_fn is not None:
+            write = functools.partial(_write_with_parent, request.async_fn)
+            request = request._replace(async_fn=write)
+        self._calls.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Commit the save under way if every rank has written its part; waits for nobody."""
+        with _named(self._root):
+            self._calls.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait until no save is under way.
+
+        Raises:
+            TimeoutError: one took longer than checkpoint.timeout_s.
+            CheckpointError: one failed.
+        """
+        timeout_s = self._config.checkpoint.timeout_s
+        deadline = time.monotonic() + timeout_s
+        self.poll()
+        while self._calls.get_num_unfinalized_calls():
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{self._root}: a checkpoint was not written within "
+                    f"checkpoint.timeout_s={timeout_s:g}"
+                )
+            time.sleep(_POLL_S)
+            self.poll()
+
+    def _manifest(self, step: int, num_updates: int) -> Manifest:
+        return Manifest(
+            format=0,
+            step=step,
+            num_updates=num_updates,
+            stage=self._config.stage,
+            mode=self._config.mode,
+            layout=dataclasses.asdict(self._mesh.layout),
+            versions={
+                name: importlib.metadata.version(name) for name in ("torch", "megatron-core")
+            },
+            files={},
+        )
+
+    def _commit(self, writing: Path, manifest: Manifest) -> None:
+        """Runs on every rank after all have written; upstream's own files are there by now."""
+        if self._mesh.rank == 0:
+            commit(writing, manifest)
+            settings = self._config.checkpoint
+            prune(self._root, settings.keep, settings.keep_every_steps)
+
+
+def load_checkpoint(checkpoint: Checkpoint, policy: Policy, mesh: Mesh) -> None:
+    """Bring model, optimizer and random generators to the checkpoint's state. A collective.
+
+    Under another layout than the one that saved, the generators keep their seeds' state.
+
+    Raises:
+        CheckpointError: its tensors are not those of this model.
+    """
+    manifest = checkpoint.manifest
+    state = sharded_state(policy, is_loading=True)
+    same_layout = manifest.layout == dataclasses.asdict(mesh.layout)
+    if same_layout:
+        state.tree["rng"] = rng_object(mesh, None)
+    with _named(checkpoint.path):
+        loaded = dist_checkpointing.load(state.tree, str(checkpoint.path))
+    load_model(policy, loaded["model"])
+    load_optimizers(policy, state, loaded, manifest.num_updates)
+    if same_layout:
+        set_rng_state(loaded["rng"])
+
+
+class _named:
+    """Upstream's exceptions, which hold one traceback a rank, as one line with the directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, CheckpointingException | CheckpointException | ValueError):
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise CheckpointError(f"{self._path}: {lines[-1].strip()[:300]}") from error
+
+
+class _WriterReport:
+    """How a writer process tells its trainer what it wrote: through an unnamed file.
+
+    Upstream makes a multiprocessing manager for this, a further process that `kill -9` of the
+    trainer would leave behind; a pipe would block the writer that nobody reads yet.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
+
+    def put(self, report: Any) -> None:
+        """In the writer process."""
+        self._file.write(pickle.dumps(report))
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """In the trainer, after the writer has ended."""
+        self._file.seek(0)
+        data = self._file.read()
+        if not data:
+            raise queue.Empty
+        return pickle.loads(data)  # noqa: S301  # written by our own child, in a file without a name
+
+
+def _write_with_parent(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Runs in the writer process: it must not go on when its trainer has been killed."""
+    die_with_parent()
+    write(*args, **kwargs)
