@@ -161,14 +161,22 @@ class Trainer:
         infos = batch.samples
         if self.config.stage == "sft":
             return [torch.ones(1).expand(info.response_length) for info in infos]
-        algorithm = self.config.algorithm
+        # A failed sample has no token to train and no reward to compare the others with.
+        counted = [i for i, info in enumerate(infos) if info.num_loss_tokens]
+        found = [torch.zeros(1).expand(info.response_length) for info in infos]
+        if not counted:
+            return found
         inputs = AdvantageInputs(
-            rewards=torch.tensor([info.reward for info in infos]),
-            group_ids=torch.tensor([info.group_id for info in infos]),
-            response_lengths=[info.response_length for info in infos],
+            rewards=torch.tensor([infos[i].reward for i in counted]),
+            group_ids=torch.tensor([infos[i].group_id for i in counted]),
+            response_lengths=[infos[i].response_length for i in counted],
         )
-        config = AdvantageConfig(std_eps=algorithm.std_eps)
-        return ADVANTAGES[algorithm.advantage](inputs, config)
+        algorithm = self.config.algorithm
+        estimate = ADVANTAGES[algorithm.advantage]
+        values = estimate(inputs, AdvantageConfig(std_eps=algorithm.std_eps))
+        for i, advantage in zip(counted, values, strict=True):
+            found[i] = advantage
+        return found
 
     def pack(
         self,

@@ -159,6 +159,14 @@ class Producer:
             except OSError as error:
                 self._fail(f"the journal cannot be written: {error}")
                 raise ProducerFailure(str(self.failure)) from error
+            logger.info(
+                "step %d: %d samples, reward %.3f, staleness %d, %.0f tokens/s",
+                step,
+                len(samples),
+                batch.metrics["rollout/reward_mean"],
+                batch.staleness_max,
+                batch.metrics["rollout/tokens_per_s"],
+            )
             self._delivered[step] = (batch, samples)
             self._delivered.pop(step - _STEPS_IN_MEMORY, None)
             return self._delivered[step]
