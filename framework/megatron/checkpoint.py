@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from framework.checkpoints import (
     CONFIG,
@@ -53,6 +53,8 @@ from rollout.process import die_with_parent
 from rollout.run_dir import write_atomic
 
 _POLL_S = 0.02
+_NOT_WRITTEN = "a checkpoint could not be written (is there space left?)"
+_OTHER_RANK = "Connection closed by peer: another rank failed and says why"
 _VERSIONED = ("torch", "megatron-core")
 
 
@@ -65,9 +67,11 @@ class CheckpointWriter:
 
     def __init__(self, config: RunConfig, policy: Policy, mesh: Mesh, root: Path) -> None:
         self._config, self._policy, self._mesh, self._root = config, policy, mesh, root
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
         # Replicas of a tensor share the writing of it.
-        self._strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), group)
+        self._strategy: Any = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy(), group
+        )
         self._calls = AsyncCallsQueue(persistent=False)
 
     def save(self, step: int, rollout_state: bytes) -> None:
@@ -93,7 +97,7 @@ class CheckpointWriter:
         state = sharded_state(self._policy, is_loading=False)
         state.tree["rng"] = rng_object(self._mesh, rng_state())
         filesystem_async._results_queue = _WriterReport()  # pyright: ignore
-        with _named(writing):
+        with _Explained(writing, _NOT_WRITTEN):
             request = dist_checkpointing.save(
                 state.tree,
                 str(writing),
@@ -106,7 +110,7 @@ class CheckpointWriter:
         manifest = self._manifest(step, count_updates(state.commons))
         request.add_finalize_fn(functools.partial(self._commit, writing, manifest))
         if not self._config.checkpoint.async_save:
-            with _named(writing):
+            with _Explained(writing, _NOT_WRITTEN):
                 request.execute_sync()
             return
         if request.async_fn is not None:
@@ -116,7 +120,7 @@ class CheckpointWriter:
 
     def poll(self) -> None:
         """Commit the save under way if every rank has written its part; waits for nobody."""
-        with _named(self._root):
+        with _Explained(self._root, _NOT_WRITTEN):
             self._calls.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
@@ -173,27 +177,29 @@ def load_checkpoint(checkpoint: Checkpoint, policy: Policy, mesh: Mesh) -> None:
     same_layout = manifest.layout == dataclasses.asdict(mesh.layout)
     if same_layout:
         state.tree["rng"] = rng_object(mesh, None)
-    with _named(checkpoint.path):
-        loaded = dist_checkpointing.load(state.tree, str(checkpoint.path))
+    with _Explained(checkpoint.path, "does not fit this model"):
+        loaded: Any = dist_checkpointing.load(state.tree, str(checkpoint.path))
     load_model(policy, loaded["model"])
     load_optimizers(policy, state, loaded, manifest.num_updates)
     if same_layout:
         set_rng_state(loaded["rng"])
 
 
-class _named:
+class _Explained:
     """Upstream's exceptions, which hold one traceback a rank, as one line with the directory."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, what: str) -> None:
+        self._path, self._what = path, what
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, CheckpointException) and not error.failures:
+            raise CheckpointError(f"{self._path}: {self._what}: {_OTHER_RANK}") from error
         if isinstance(error, CheckpointingException | CheckpointException | ValueError):
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise CheckpointError(f"{self._path}: {lines[-1].strip()[:300]}") from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise CheckpointError(f"{self._path}: {self._what}: {lines[-1][:300]}") from error
 
 
 class _WriterReport:

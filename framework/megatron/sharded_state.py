@@ -61,7 +61,7 @@ class ShardedState:
 def sharded_state(policy: Policy, *, is_loading: bool) -> ShardedState:
     """A collective where the distributed optimizer gathers its state."""
     metadata = _metadata()
-    model: dict[str, ShardedBase] = {}
+    model: dict[str, Any] = {}
     for chunk in policy.chunks:
         for entry in _chunk_entries(chunk, metadata).values():
             assert entry.key not in model, f"two tensors of one rank are called {entry.key}"
@@ -83,7 +83,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _name_main_params(
-    param_state: dict[int, dict[str, Any]], model: dict[str, ShardedBase]
+    param_state: dict[int, dict[str, Any]], model: dict[str, Any]
 ) -> dict[tuple[int, str], str]:
     """Call main copies as the plain optimizers do; take out those that are the model itself."""
     aliases = {}
@@ -153,13 +153,17 @@ def rng_object(mesh: Mesh, data: Any) -> ShardedObject:
     return ShardedObject("rng", data, (mesh.layout.world_size,), (mesh.rank,))
 
 
+def _tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()
+
+
 def rng_state() -> dict[str, Any]:
     """Every generator of this process."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
     }
@@ -170,7 +174,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    _tracker().set_states(state["tracker"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
     torch.set_rng_state(state["torch"])

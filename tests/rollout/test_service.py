@@ -230,6 +230,7 @@ def test_a_journal_that_cannot_be_written_ends_the_run(running, monkeypatch):
 def test_a_restored_state_gives_the_same_batches_again(running):
     """Whatever was generated since: at staleness 1, groups are ahead when the state is taken."""
     source = running.source()
+    running.service._max_body_bytes = 1 << 20
     source.publish(0)
     source.take(0)
     state = source.snapshot(1)
