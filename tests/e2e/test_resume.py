@@ -104,11 +104,13 @@ def test_n_and_n_steps_with_a_stop_between_are_2n_steps(engine, tmp_path):
     live = [*LIVE, f"rollout.engine.urls=[{engine.url}]"]
     live += [f"rollout.engine.api_key={engine.api_key}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    drivetrain(*live, f"run_dir={whole}", "num_steps=4", "warm_start.num_steps=30")
+    drivetrain(*live, f"run_dir={whole}", "num_steps=4", "warm_start.num_steps=80")
     start = ["warm_start.num_steps=0", f"model.init_from={whole / 'warm_start' / 'hf'}"]
     drivetrain(*live, *start, f"run_dir={parts}", "num_steps=2")
     drivetrain(*live, *start, f"run_dir={parts}", "num_steps=4", "checkpoint.resume=auto")
-    assert any(row.get("train/grad_norm") for row in metrics(whole)[3:]), "nothing was learnt"
+    norms = [row["train/grad_norm"] for row in metrics(whole) if "train/grad_norm" in row]
+    assert norms[0] > 0, norms  # moments are kept by the checkpoint, and matter
+    assert max(norms[2:]) > 0, norms
     assert largest_difference(weights(whole), weights(parts)) == 0.0
     for expected, row in zip(metrics(whole), metrics(parts), strict=True):
         assert expected.keys() == row.keys()
