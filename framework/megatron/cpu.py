@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device as device_context
 
 from framework.megatron.packing import zigzag_positions
 
@@ -139,6 +140,9 @@ def _retarget(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_factories() -> None:
     """Tensor factories and moves given a literal "cuda". Goes with _patch_cuda."""
+    # `with torch.device(...)` looks its functions up in a table that is filled at first use: filled
+    # with our wrappers it would miss the real ones, and transformers would build wrong tables.
+    device_context._device_constructors()
     for name in (
         *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange"),
         *("rand", "randn", "randint", "empty_like", "zeros_like", "ones_like", "full_like"),

@@ -167,3 +167,28 @@ def test_buckets_hold_every_sequence_once_and_waste_little():
     for length, members in buckets:
         for i in members:
             assert lengths[i] <= length <= max(lengths[i] + 8, lengths[i] * 1.15)
+
+
+def test_the_patched_process_still_builds_transformers_models_right(tiny_model_dir, tmp_path):
+    """Where megatron-core is prepared for the CPU, `with torch.device(...)` works as ever."""
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, torch\n"
+        "if sys.argv[2] == 'patched':\n    import framework.megatron\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "print(model(torch.arange(3, 40)[None]).logits.double().sum().item())\n"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(tiny_model_dir), how],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout.splitlines()[-1]
+        for how in ("patched", "plain")
+    ]
+    assert found[0] == found[1]
