@@ -95,6 +95,7 @@ def survive(tmp_path: Path, num_kills: int, seed: int) -> None:
     assert len(list_checkpoints(run_dir / "checkpoints")) == 2
 
 
+@pytest.mark.nightly  # three starts of two trainers: 2.5 minutes
 def test_two_kills_during_saves(tmp_path):
     survive(tmp_path, num_kills=2, seed=1)
 
