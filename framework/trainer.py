@@ -64,7 +64,8 @@ class Trainer:
         self.push(self.start_step)
         self.evaluate(0, config.eval.at_start and self.start_step == 0)
         for step in range(self.start_step, config.num_steps):
-            self.source.publish(step)
+            if self.mesh.rank == 0:
+                self.source.publish(step)
             start = time.perf_counter()
             batch = self.source.take(step)
             taken = time.perf_counter()
@@ -98,7 +99,9 @@ class Trainer:
         batch = recount(batch, lost, samples)
         advantages = self.advantages(batch)
         updates = [self.pack(plan, batch, samples, advantages) for plan in plans]
-        gate = batch.step == 0 and self.config.stage == "rl" and self.config.gate.enabled
+        # Where a run begins or goes on; samples of older versions would differ by right.
+        first = batch.step == self.start_step and batch.staleness_max == 0
+        gate = first and self.config.stage == "rl" and self.config.gate.enabled
         several = len(updates) > 1 or self.config.algorithm.recompute_old_logprobs
         if gate or several:
             for microbatches in updates:
@@ -234,8 +237,9 @@ class Trainer:
         if not worst.item() <= bound:
             key = "logprob_abs_diff_max" + ("" if exact else "_bf16")
             raise GateError(
-                f"step 0: trainer and engine log-probs differ by up to {worst.item():.3g} on the "
-                f"sampled tokens; gate.{key}={bound:g}. Do both hold the same model and weights?"
+                f"step {self.start_step}: trainer and engine log-probs differ by up to "
+                f"{worst.item():.3g} on the sampled tokens; gate.{key}={bound:g}. "
+                "Do both hold the same model and weights?"
             )
 
     def push(self, version: int) -> dict[str, float]:
@@ -244,6 +248,8 @@ class Trainer:
             return {}
         self.policy.sync_parameters()
         report = self.sync.push(version)
+        # No rank goes on before the engines have the weights: ranks with nothing to send are early.
+        dist.barrier()
         return {
             "perf/weight_sync_bytes": float(report.size_bytes),
             "perf/weight_verify_s": report.verify_s,
@@ -259,6 +265,8 @@ class Trainer:
                 version,
                 {
                     "eval/accuracy": result.accuracy,
+                    "eval/reward_mean": result.reward_mean,
+                    "eval/failed_fraction": result.failed_fraction,
                     "eval/response_length_mean": result.response_length_mean,
                     "eval/time_s": result.time_s,
                 },

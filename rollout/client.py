@@ -109,13 +109,14 @@ class EngineClient:
             "return_logprob": True,
         }
         reasons: list[str] = []
+        tried: set[str] = set()
         try:
             async with asyncio.timeout(self._config.request_timeout_s):
                 for attempt in range(self._config.max_retries + 1):
                     if attempt:
                         await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
                     try:
-                        return await self._attempt(body, sampling)
+                        return await self._attempt(body, sampling, tried)
                     except _Retry as error:
                         reasons.append(str(error))
         except TimeoutError:
@@ -123,8 +124,12 @@ class EngineClient:
             reasons.append(f"no answer within rollout.engine.request_timeout_s={limit:g}")
         raise EngineFailure(f"generation failed after {len(reasons)} attempts: {reasons[-1]}")
 
-    async def _attempt(self, body: dict, sampling: SamplingConfig) -> list[Generation]:
-        url = min(self._in_flight, key=lambda candidate: self._in_flight[candidate])
+    async def _attempt(
+        self, body: dict, sampling: SamplingConfig, tried: set[str]
+    ) -> list[Generation]:
+        # A dead engine is idle, so it would always seem the least loaded.
+        url = min(self._in_flight, key=lambda each: (each in tried, self._in_flight[each]))
+        tried.add(url)
         num_sequences = len(body["input_ids"])
         self._in_flight[url] += num_sequences
         try:

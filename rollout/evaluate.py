@@ -13,7 +13,7 @@ from rollout.environments import Environment
 from rollout.generate import Episode, Generator, run_together
 from rollout.journal import trim_lines
 from rollout.seeds import derive_seed
-from rollout.types import EvalResult, Sample
+from rollout.types import EvalResult, Sample, Status
 
 _PROMPTS_PER_REQUEST = 64
 _NUM_TEXTS = 8
@@ -46,10 +46,17 @@ class Evaluator:
             raise EngineFailure(
                 f"evaluation of version {version}: the engines sampled with {sorted(seen)}"
             )
+        failed = [sample for sample in samples if sample.status is Status.FAILED]
+        if len(failed) == count:
+            raise EngineFailure(
+                f"every sample of the evaluation failed: {failed[0].metadata.get('error', '')}"
+            )
         lengths = [sample.response_length for sample in samples]
         result = EvalResult(
             version=version,
-            accuracy=sum(sample.reward for sample in samples) / count,
+            accuracy=sum(sample.reward >= 1 for sample in samples) / count,
+            reward_mean=sum(sample.reward for sample in samples) / count,
+            failed_fraction=len(failed) / count,
             num_prompts=count,
             response_length_mean=sum(lengths) / count,
             time_s=time.monotonic() - start,

@@ -117,7 +117,11 @@ class EvalResult:
     version: int
     """The policy version that was measured."""
     accuracy: float
-    """Mean reward of the held-out prompts, at data.eval_temperature."""
+    """Fraction of held-out prompts with a reward of at least 1, at data.eval_temperature."""
+    reward_mean: float
+    """Mean reward, partial credit included."""
+    failed_fraction: float
+    """Samples whose environment or reward failed; they count as wrong."""
     num_prompts: int
     response_length_mean: float
     time_s: float

@@ -12,6 +12,7 @@ from framework.weight_sync.engines import Engines
 from framework.weight_sync.groups import join_update_group
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import export_buckets
+from rollout.server.engine import public_host
 
 
 class DistributedPush:
@@ -70,7 +71,8 @@ class DistributedPush:
     def _connect(self, engines: Engines) -> None:
         tp = self.context.engine_tp
         world = 1 + tp * len(engines.urls)
-        address, port = self.context.host, _free_port(self.context.host)
+        port = _free_port(self.context.host)
+        address = public_host(self.context.host)
         futures = engines.start(
             "/init_weights_update_group",
             [

@@ -83,6 +83,7 @@ def survive(tmp_path: Path, num_kills: int, seed: int) -> None:
         cut += kill_during_a_save(run_dir, rng)
         found = newest_checkpoint(run_dir / "checkpoints")
         steps.append(found.step if found else 0)
+    assert cut, "no kill fell inside a save: nothing was shown"
     assert steps == sorted(steps), "a complete checkpoint was lost"
     wait_trainers(start_trainers(run_dir, 2))
     print(f"{num_kills} kills, {cut} within a save; complete afterwards: {steps[1:]}")
