@@ -287,3 +287,6 @@ class Trainer:
         """Write figures, on the rank that does."""
         if self.logger is not None:
             self.logger.log(step, metrics)
+            shown = ("train/loss", "train/grad_norm", "perf/step_time_s", "eval/accuracy")
+            figures = (f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+            print(f"step {step}: {', '.join(figures)}", flush=True)
