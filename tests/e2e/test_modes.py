@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 from runs import COMMON, drivetrain, metrics
 
@@ -10,7 +11,13 @@ from rollout.journal import list_steps, read_step
 
 @pytest.fixture
 def on_shared_engine(engine, tiny_model_dir):
-    """Overrides that make a run use the shared server."""
+    """Overrides that make a run use the shared server, which other tests leave at some version."""
+    httpx.post(
+        f"{engine.url}/update_weight_version",
+        json={"new_version": "0", "abort_all_requests": False},
+        headers={"Authorization": f"Bearer {engine.api_key}"},
+        timeout=30,
+    ).raise_for_status()
     return [
         "warm_start.num_steps=0",
         f"model.hf_path={tiny_model_dir}",
