@@ -101,7 +101,7 @@ class EngineProcess:
                 raise
         raise EngineError(f"{self.name}: {_MAX_PORTS} free ports in a row were taken by others")
 
-    def stop(self, timeout_s: float = 10.0) -> None:
+    def stop(self, timeout_s: float = 2.0) -> None:
         """End the server and every process it started; harmless when there is none."""
         if self.process is not None:
             end_process_group(self.process, timeout_s)

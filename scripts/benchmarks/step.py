@@ -163,7 +163,7 @@ def bare_trainer(run_dir: Path) -> tuple[list[float], list[float]]:
 def prepare(trainer, batch):
     """The same micro-batches, packed beforehand."""
     plans = trainer.plan(batch)
-    samples = trainer.fetch(batch, plans)
+    samples = trainer.fetch(batch, plans, shortened=())
     (packed,) = [trainer.pack(p, batch, samples, trainer.advantages(batch)) for p in plans]
     return packed
 

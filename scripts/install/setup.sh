@@ -34,4 +34,21 @@ quiet "${pip[@]}" -r "$here/cpu.txt" -c "$here/cpu-constraints.txt"
 # sglang's own dependencies are CUDA wheels; megatron-core declares Python 3.12 but runs on 3.11.
 quiet "${pip[@]}" --no-deps --ignore-requires-python -r "$here/cpu-nodeps.txt"
 quiet "${pip[@]}" --no-deps --editable "$root"
+
+# Bytecode for what a run imports, and no more. Without it every process of every run compiles
+# torch, SGLang and megatron-core anew (a minute and a half more per start); containers often set
+# PYTHONDONTWRITEBYTECODE, so it is written here.
+compile() {
+  env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 "$root/.venv/bin/python" -W ignore -c "$1" >/dev/null 2>&1
+}
+(
+  cd "$root"
+  compile "import rollout.server.launch, rollout.main
+import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.models.registry" &
+  compile "import framework.main, framework.trainer, framework.tiny_model, framework.demonstrations
+import framework.megatron.checkpoint, framework.megatron.model, framework.weight_sync
+import framework.metrics, megatron_bridge.save, torch.distributed.run, torch.utils.tensorboard
+from transformers import AutoTokenizer, PreTrainedTokenizerFast"
+  wait $!
+)
 echo "$wanted" >"$stamp"
