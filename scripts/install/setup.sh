@@ -39,7 +39,7 @@ quiet "${pip[@]}" --no-deps --editable "$root"
 # torch, SGLang and megatron-core anew (a minute and a half more per start); containers often set
 # PYTHONDONTWRITEBYTECODE, so it is written here.
 compile() {
-  env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 "$root/.venv/bin/python" -W ignore -c "$1" >/dev/null 2>&1
+  quiet env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 "$root/.venv/bin/python" -c "$1" >/dev/null
 }
 (
   cd "$root"
