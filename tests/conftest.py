@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the tiny model, and one real SGLang server for the session."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,23 @@ from rollout.config import EngineConfig
 from rollout.server.engine import EngineProcess
 
 API_KEY = "key-of-the-test-server"
+
+
+def pytest_configure() -> None:
+    """Take SIGINT even where we were started in the background, which ignores it: tests send it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `-n 2 --dist loadgroup`: a file stays in one worker, and one worker has the server.
+
+    Files with a test that asks for the server come first: together they take the longest.
+    """
+    serving = {item.path for item in items if "engine" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "server" if item.path in serving else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path not in serving)
 
 
 @pytest.fixture(scope="session")

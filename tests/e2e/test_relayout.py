@@ -1,0 +1,83 @@
+"""Runs of a journal that stop and go on in another layout, by the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from framework.checkpoints import list_checkpoints, read_checkpoint
+from tests.e2e.journals import write_journal
+from tests.e2e.runs import drivetrain, largest_difference, metrics, weights
+
+TOLERANCE = 1e-5
+REPLAY = [
+    "experiment=smoke",
+    "mode=train_only",
+    "gate.enabled=false",
+    "warm_start.num_steps=0",
+    "eval.at_start=false",
+    "eval.at_end=false",
+    "tracker.tensorboard=false",
+    "tracker.report=false",
+    "optimizer.lr=1e-3",
+    "checkpoint.every_steps=3",
+]
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory) -> Path:
+    """Six random batches."""
+    path = tmp_path_factory.mktemp("journal") / "rollouts"
+    write_journal(path, num_steps=6)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(journal, tmp_path_factory) -> Path:
+    """Six steps by one trainer."""
+    run_dir = tmp_path_factory.mktemp("run") / "whole"
+    drivetrain(*REPLAY, "num_steps=6", f"run_dir={run_dir}", f"replay_dir={journal}")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            ["parallel.tp=2", "parallel.pp=2"],
+            ["parallel.dp=2", "parallel.cp=2", "parallel.distributed_optimizer=true"],
+        ),
+        (
+            ["parallel.dp=2", "parallel.distributed_optimizer=true", "checkpoint.async_save=false"],
+            ["parallel.pp=2"],
+        ),
+    ],
+)
+def test_a_run_goes_on_in_another_layout(journal, uninterrupted, tmp_path, before, after):
+    run_dir = tmp_path / "parts"
+    common = [*REPLAY, f"run_dir={run_dir}", f"replay_dir={journal}"]
+    drivetrain(*common, *before, "num_steps=3")
+    drivetrain(*common, *after, "num_steps=6", "checkpoint.resume=auto")
+    whole, parts = metrics(uninterrupted), metrics(run_dir)
+    assert [row["step"] for row in parts] == [1, 2, 3, 4, 5, 6]
+    for expected, row in zip(whole, parts, strict=True):
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=TOLERANCE)
+        assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=TOLERANCE)
+    assert largest_difference(weights(uninterrupted), weights(run_dir)) <= TOLERANCE
+    kept = [read_checkpoint(path) for path in list_checkpoints(run_dir / "checkpoints")]
+    assert [each.step for each in kept] == [3, 6]
+    assert kept[0].manifest.layout != kept[1].manifest.layout
+
+
+def test_another_configuration_is_refused_by_its_key(uninterrupted, journal):
+    done = drivetrain(
+        *REPLAY,
+        *("checkpoint.resume=auto", "optimizer.lr=2e-3", "seed=4", "num_steps=8"),
+        *(f"run_dir={uninterrupted}", f"replay_dir={journal}", "parallel.dp=2"),
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "optimizer.lr=0.002" in done.stderr
+    assert "optimizer.lr=0.001" in done.stderr
+    assert "seed=4" in done.stderr
+    assert "parallel" not in done.stderr
+    assert len(metrics(uninterrupted)) == 6
