@@ -9,6 +9,6 @@ if [ $# -eq 0 ]; then
   .venv/bin/ruff format --check .
   .venv/bin/basedpyright
   # Two at a time; tests/conftest.py keeps all that share the SGLang server in one of them.
-  set -- -n 2 --dist loadgroup
+  set -- -n 2
 fi
 exec env OMP_NUM_THREADS=1 .venv/bin/python -m pytest "$@"

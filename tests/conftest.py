@@ -3,13 +3,23 @@
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from rollout.config import EngineConfig
 from rollout.server.engine import EngineProcess
 
 API_KEY = "key-of-the-test-server"
+SERVER_FILES = {
+    "tests/e2e/test_modes.py",
+    "tests/e2e/test_resume.py",
+    "tests/e2e/test_run.py",
+    "tests/megatron_bridge/test_checksum.py",
+    "tests/rollout/test_engine.py",
+}
+"""Those with a test that asks for `engine`."""
 
 
 def pytest_configure() -> None:
@@ -18,15 +28,29 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n 2 --dist loadgroup`: a file stays in one worker, and one worker has the server.
-
-    Files with a test that asks for the server come first: together they take the longest.
-    """
-    serving = {item.path for item in items if "engine" in getattr(item, "fixturenames", ())}
+    """What needs the server comes first: together it takes the longest."""
     for item in items:
-        group = "server" if item.path in serving else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path not in serving)
+        if "engine" in getattr(item, "fixturenames", ()) and _worker_of(item.nodeid) != "server":
+            raise pytest.UsageError(f"{item.nodeid} uses the shared server: add to SERVER_FILES")
+    items.sort(key=lambda item: _worker_of(item.nodeid) != "server")
+
+
+class _OneServer(LoadScopeScheduling):
+    """With `-n 2` a file stays in one worker, and all files with the server stay together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _worker_of(nodeid)
+
+
+def _worker_of(nodeid: str) -> str:
+    path = nodeid.split("::")[0]
+    return "server" if path in SERVER_FILES else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Used where tests run in several workers."""
+    config.option.loadscopereorder = False
+    return _OneServer(config, log)
 
 
 @pytest.fixture(scope="session")
