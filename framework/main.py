@@ -8,6 +8,7 @@ stderr in one line each.
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framework.checks import check_config
@@ -70,16 +71,23 @@ def read_config(arguments: list[str]) -> RunConfig:
 
 def start_run(config: RunConfig) -> int:
     """Write the run directory and hand the run to its launcher; returns the exit status."""
-    from framework.launch.prepare import write_run
+    from framework.launch.lock import hold_run_dir
 
-    started = time.monotonic()
     try:
-        stages = write_run(config)
+        with hold_run_dir(Path(config.run_dir)):
+            return _start_run(config)
     except ConfigError as error:
         print(f"drivetrain: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except OSError as error:
         return _failed(f"run_dir={config.run_dir}: {error}")
+
+
+def _start_run(config: RunConfig) -> int:
+    from framework.launch.prepare import write_run
+
+    started = time.monotonic()
+    stages = write_run(config)
     if config.cluster.launcher == "slurm":
         from framework.launch.slurm import SubmitError, submit
 

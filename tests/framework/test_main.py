@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +98,26 @@ def test_ctrl_c_ends_with_130(
     fake_roles["trainer"] = interrupt
     assert main([*FAST, f"run_dir={tmp_path / 'run'}"]) == 130
     assert "ended by SIGINT; every process has been stopped" in capsys.readouterr().err
+
+
+def test_a_run_directory_in_use_is_refused_by_its_holder(
+    fake_roles: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    code = (
+        "import sys, time; from pathlib import Path; from framework.launch.lock import hold_run_dir"
+        f"\nwith hold_run_dir(Path({str(run_dir)!r})):\n print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert main([*FAST, f"run_dir={run_dir}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"run_dir={run_dir}: is being run by process {holder.pid} on " in line
+    assert [path.name for path in run_dir.iterdir()] == ["lock"], "something was started"
+    holder.kill()
+    holder.wait()
+    assert main([*FAST, f"run_dir={run_dir}"]) == 0
 
 
 def test_manual_launch_writes_the_run_and_prints_every_role(
