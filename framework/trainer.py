@@ -19,6 +19,7 @@ from framework.megatron.parallel import Mesh
 from framework.megatron.step import StepRunner
 from framework.metrics import MetricsLogger
 from framework.overlong import recount, shorten_batch, shorten_sample
+from framework.throughput import this_device_peak_flops, train_figures
 from framework.weight_sync import WeightSync
 from rollout.source import BatchSource
 from rollout.types import Sample, StepBatch
@@ -74,13 +75,20 @@ class Trainer:
             version = step + 1
             sync_metrics = self.push(version)
             end = time.perf_counter()
-            tokens = sum(info.prompt_length + info.response_length for info in batch.samples)
+            lengths = [info.prompt_length + info.response_length for info in batch.samples]
             times = {
                 "perf/step_time_s": end - start,
                 "perf/wait_s": taken - start,
                 "perf/train_s": trained - taken,
                 "perf/weight_sync_s": end - trained,
-                "perf/tokens_per_s": tokens / (end - start),
+                "perf/tokens_per_s": sum(lengths) / (end - start),
+                **train_figures(
+                    lengths,
+                    self.flops,
+                    train_s=trained - taken,
+                    num_ranks=self.mesh.layout.world_size,
+                    peak_flops=this_device_peak_flops(),
+                ),
             }
             self.log(version, {**batch.metrics, **metrics, **sync_metrics, **times})
             every = config.eval.every_steps

@@ -1,0 +1,45 @@
+"""How fast a step trained: model operations and tokens, per second and per rank."""
+
+from collections.abc import Sequence
+
+import torch
+
+from framework.flops import TrainingFlops
+
+PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+"""Dense bf16 operations a second of one GPU, by a part of its name (the makers' data sheets)."""
+
+
+def device_peak_flops(name: str) -> float | None:
+    """The peak of the device called `name`; None where we know of none (a CPU)."""
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def train_figures(
+    lengths: Sequence[int],
+    flops: TrainingFlops,
+    *,
+    train_s: float,
+    num_ranks: int,
+    peak_flops: float | None = None,
+) -> dict[str, float]:
+    """Figures of training on sequences of `lengths` tokens, unpadded, in `train_s` seconds.
+
+    Model operations as `flops` counts them: forward and backward once, without recomputation and
+    without the extra log-prob passes, whose time is in train_s. So perf/mfu (arXiv 2204.02311,
+    appendix B) counts useful work only; it is there where the device's peak is known.
+    """
+    operations = sum(map(flops, lengths))
+    per_rank = operations / train_s / num_ranks
+    figures = {
+        "perf/rank_tokens_per_s": sum(lengths) / train_s / num_ranks,
+        "perf/rank_flops_per_s": per_rank,
+    }
+    return figures if peak_flops is None else figures | {"perf/mfu": per_rank / peak_flops}
+
+
+def this_device_peak_flops() -> float | None:
+    """The peak of this rank's device."""
+    if not torch.cuda.is_available():
+        return None
+    return device_peak_flops(torch.cuda.get_device_name())
