@@ -46,9 +46,10 @@ def uninterrupted(journal, tmp_path_factory) -> Path:
             ["parallel.tp=2", "parallel.pp=2"],
             ["parallel.dp=2", "parallel.cp=2", "parallel.distributed_optimizer=true"],
         ),
-        (
+        pytest.param(
             ["parallel.dp=2", "parallel.distributed_optimizer=true", "checkpoint.async_save=false"],
             ["parallel.pp=2"],
+            marks=pytest.mark.nightly,  # half a minute; the way there above is the harder one
         ),
     ],
 )
