@@ -38,6 +38,30 @@ def train_figures(
     return figures if peak_flops is None else figures | {"perf/mfu": per_rank / peak_flops}
 
 
+def step_figures(
+    lengths: Sequence[int],
+    flops: TrainingFlops,
+    *,
+    wait_s: float,
+    train_s: float,
+    sync_s: float,
+    num_ranks: int,
+    peak_flops: float | None = None,
+) -> dict[str, float]:
+    """Figures of one whole step: waiting for its batch, training on it, bringing the engines up."""
+    step_s = wait_s + train_s + sync_s
+    return {
+        "perf/step_time_s": step_s,
+        "perf/wait_s": wait_s,
+        "perf/train_s": train_s,
+        "perf/weight_sync_s": sync_s,
+        "perf/tokens_per_s": sum(lengths) / step_s,
+        **train_figures(
+            lengths, flops, train_s=train_s, num_ranks=num_ranks, peak_flops=peak_flops
+        ),
+    }
+
+
 def this_device_peak_flops() -> float | None:
     """The peak of this rank's device."""
     if not torch.cuda.is_available():

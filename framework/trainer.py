@@ -19,7 +19,7 @@ from framework.megatron.parallel import Mesh
 from framework.megatron.step import StepRunner
 from framework.metrics import MetricsLogger
 from framework.overlong import recount, shorten_batch, shorten_sample
-from framework.throughput import this_device_peak_flops, train_figures
+from framework.throughput import step_figures, this_device_peak_flops
 from framework.weight_sync import WeightSync
 from rollout.source import BatchSource
 from rollout.types import Sample, StepBatch
@@ -75,21 +75,15 @@ class Trainer:
             version = step + 1
             sync_metrics = self.push(version)
             end = time.perf_counter()
-            lengths = [info.prompt_length + info.response_length for info in batch.samples]
-            times = {
-                "perf/step_time_s": end - start,
-                "perf/wait_s": taken - start,
-                "perf/train_s": trained - taken,
-                "perf/weight_sync_s": end - trained,
-                "perf/tokens_per_s": sum(lengths) / (end - start),
-                **train_figures(
-                    lengths,
-                    self.flops,
-                    train_s=trained - taken,
-                    num_ranks=self.mesh.layout.world_size,
-                    peak_flops=this_device_peak_flops(),
-                ),
-            }
+            times = step_figures(
+                [info.prompt_length + info.response_length for info in batch.samples],
+                self.flops,
+                wait_s=taken - start,
+                train_s=trained - taken,
+                sync_s=end - trained,
+                num_ranks=self.mesh.layout.world_size,
+                peak_flops=this_device_peak_flops(),
+            )
             self.log(version, {**batch.metrics, **metrics, **sync_metrics, **times})
             every = config.eval.every_steps
             last = version == config.num_steps

@@ -7,17 +7,18 @@ All rows of one world size run in one group of processes, one after the other.
 import json
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch._dynamo  # every optimizer imports it, for seconds: once here and not in each rank
+import torch.distributed as dist
 from layouts import MODELS, Case
 from safetensors.torch import load_file, save_file
 
@@ -152,9 +153,8 @@ def run_group(root: Path, cases: Sequence[Case]) -> None:
     """Run cases of one world size in one group of forked ranks; RuntimeError when a rank fails."""
     world = cases[0].world_size
     context = multiprocessing.get_context("fork")
-    ports = free_ports(len(cases))
     ranks = [
-        context.Process(target=_rank, args=(root, rank, world, list(cases), ports))
+        context.Process(target=_rank, args=(root, rank, world, list(cases)))
         for rank in range(world)
     ]
     for rank in ranks:
@@ -176,26 +176,20 @@ def run_group(root: Path, cases: Sequence[Case]) -> None:
         raise RuntimeError(failures[0] if failures else f"a rank ended: {ranks}")
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-def _rank(root: Path, rank: int, world: int, cases: list[Case], ports: list[int]) -> None:
+def _rank(root: Path, rank: int, world: int, cases: list[Case]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    for case, port in zip(cases, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for case in cases:
+        store = _path(root, case).with_suffix(".store")  # a file: no port to reserve
         try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=CASE_TIMEOUT_S),
+            )
             train(root, rank, case)
         except BaseException:
             text = f"{case.name}, rank {rank}:\n{traceback.format_exc()}"
