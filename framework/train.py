@@ -1,6 +1,7 @@
 """Entry of a trainer rank: `torchrun ... -m framework.train --run-dir RUN`."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -30,8 +31,10 @@ def main() -> None:
     arguments = parser.parse_args()
     follow_launcher(direct=False)
     run_dir = RunDir(arguments.run_dir)
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        run(load_run_config(run_dir.path), run_dir)
+        with run_dir.hold("trainer") if first else contextlib.nullcontext():
+            run(load_run_config(run_dir.path), run_dir)
     except Exception as error:  # the boundary of the process: every failure leaves one clear line
         traceback.print_exc()
         print(f"trainer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -56,7 +56,8 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
     prompts.environments(0, 1)  # refuse bad data.args before anything is waited for
     chat = Chat.load(run.model.hf_path)
     urls = engine.urls or [
-        await asyncio.to_thread(run_dir.wait_address, f"engine_{k}", engine.start_timeout_s)
+        # Not in a thread: one that waits would be waited for when we are told to end.
+        await run_dir.wait_address_async(f"engine_{k}", engine.start_timeout_s)
         for k in range(engine.num_engines)
     ]
     async with EngineClient(urls, engine.api_key or run_dir.token(), engine) as client:
@@ -164,13 +165,14 @@ async def run(run_dir: RunDir) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
-    work = asyncio.create_task(_work(run_dir, stop))
+    serving = asyncio.Event()
+    work = asyncio.create_task(_work(run_dir, stop, serving))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not work.done():
         # A server ends by itself when told to; anything else is cancelled.
-        done, _ = await asyncio.wait({work}, timeout=_STOP_S)
+        done, _ = await asyncio.wait({work}, timeout=_STOP_S if serving.is_set() else 0)
         if not done:
             work.cancel()
     try:
@@ -179,10 +181,11 @@ async def run(run_dir: RunDir) -> None:
         raise ProducerFailure("told to end before it was finished") from None
 
 
-async def _work(run_dir: RunDir, stop: asyncio.Event) -> None:
+async def _work(run_dir: RunDir, stop: asyncio.Event, serving: asyncio.Event) -> None:
     async with assemble(run_dir) as parts:
         match parts.run.mode:
             case "train":
+                serving.set()
                 await serve(parts, stop)
             case "rollout_only":
                 await collect(parts)
@@ -200,8 +203,10 @@ def main() -> None:
     arguments = parser.parse_args()
     follow_launcher()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    run_dir = RunDir(arguments.run_dir)
     try:
-        asyncio.run(run(RunDir(arguments.run_dir)))
+        with run_dir.hold("rollout"):
+            asyncio.run(run(run_dir))
     except (ProducerFailure, EngineFailure, TimeoutError, OSError) as error:
         sys.exit(f"drivetrain-rollout: {error}")
     except ValueError as error:

@@ -4,11 +4,17 @@ Roles that share the directory (one host, or a cluster's file system) learn addr
 `addresses/<role>.json`; each file is written atomically by the role it names.
 """
 
+import asyncio
 import json
 import os
 import secrets
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from rollout.lock import ENDING_S, hold
+
+_ADDRESS_POLL_S = 0.05
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -111,6 +117,17 @@ class RunDir:
         if not self.token_file.exists():
             write_atomic(self.token_file, secrets.token_hex(32).encode(), mode=0o600)
 
+    def hold(self, role: str) -> AbstractContextManager[None]:
+        """Be the run's only `role`, as long as the context lasts.
+
+        Raises:
+            InUseError: another process is (a ValueError; it names host and process).
+            ValueError: this is not a run directory.
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.config}: missing; is this a run directory?")
+        return hold(self.path / f"lock.{role}", f"{role} of {self.path}", ENDING_S)
+
     def token(self) -> str:
         """The run's secret: requests to its processes carry it."""
         try:
@@ -149,9 +166,21 @@ class RunDir:
         deadline = time.monotonic() + timeout_s
         while (url := self.read_address(role)) is None:
             if time.monotonic() >= deadline:
-                raise TimeoutError(
-                    f"{self.address_file(role)}: no address of {role} within {timeout_s:g} s; "
-                    f"see {self.log(role)}"
-                )
-            time.sleep(0.05)
+                raise self._no_address(role, timeout_s)
+            time.sleep(_ADDRESS_POLL_S)
         return url
+
+    async def wait_address_async(self, role: str, timeout_s: float) -> str:
+        """The same, on an event loop; it can be cancelled."""
+        deadline = time.monotonic() + timeout_s
+        while (url := self.read_address(role)) is None:
+            if time.monotonic() >= deadline:
+                raise self._no_address(role, timeout_s)
+            await asyncio.sleep(_ADDRESS_POLL_S)
+        return url
+
+    def _no_address(self, role: str, timeout_s: float) -> TimeoutError:
+        return TimeoutError(
+            f"{self.address_file(role)}: no address of {role} within {timeout_s:g} s; "
+            f"see {self.log(role)}"
+        )

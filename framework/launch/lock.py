@@ -1,36 +1,32 @@
-"""One launcher at a time works in a run directory."""
+"""One launcher at a time works in a run directory, and none while a run's roles are alive."""
 
 import contextlib
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from framework.compose import ConfigError
+from rollout.lock import ENDING_S, InUseError, hold
 
 
 @contextlib.contextmanager
 def hold_run_dir(path: Path) -> Iterator[None]:
-    """Hold `path`/lock, which is made where it is missing; the kernel lets go when we die.
+    """Hold `path`/lock; the kernel lets go when we die.
 
-    Roles do not inherit it: they end with their launcher.
+    Each role holds `path`/lock.<role> itself, whoever started it: a Slurm job or a person's
+    terminal goes on after the launcher, and nobody may rewind its directory meanwhile.
 
     Raises:
-        ConfigError: another launcher holds it; the line names its host and process.
+        ConfigError: another launcher or a role holds it; the line names its host and process.
         OSError: the directory cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("a+") as file:
+    what = f"run_dir={path}"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ConfigError(
-                [f"run_dir={path}: is being run by {holder}; wait, or choose another run_dir="]
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+            stack.enter_context(hold(path / "lock", what))
+            for role in sorted([*path.glob("lock.*"), *path.glob("warm_start/lock.*")]):
+                with hold(role, f"{what} ({role.suffix[1:]})", ENDING_S):
+                    pass
+        except InUseError as error:
+            raise ConfigError([f"{error}; wait, or choose another run_dir="]) from None
         yield

@@ -261,8 +261,10 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
+    run_dir = RunDir(arguments.run_dir)
     try:
-        serve(RunDir(arguments.run_dir), arguments.index)
+        with run_dir.hold(f"engine_{arguments.index}"):
+            serve(run_dir, arguments.index)
     except EngineError as error:
         sys.exit(f"drivetrain-engine: {error}")
     except ValueError as error:

@@ -1,3 +1,5 @@
+import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rollout.main import run
 from rollout.process import LAUNCHER_PID, end_process_group
+from rollout.producer import ProducerFailure
+from rollout.run_dir import RunDir
 
 ROLE = """
 import os, pathlib, subprocess, sys, time
@@ -90,3 +95,26 @@ def test_ending_a_group_ends_what_ignores_sigterm_and_what_left_the_group(tmp_pa
     assert process.returncode is not None
     assert gone(child)
     end_process_group(process, timeout_s=0.5)  # again: harmless
+
+
+def test_a_rollout_process_that_waits_for_its_engines_ends_when_told_to(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    config = {"mode": "train", "seed": 0, "num_steps": 1, "data": {}}
+    config["model"] = {"hf_path": str(tiny_model_dir), "init_from": ""}
+    config["rollout"] = {"engine": {"start_timeout_s": 20.0}}
+    run_dir.config.write_text(json.dumps(config))
+    looks = iter([signal.SIGTERM])
+
+    def look(self: RunDir, role: str) -> None:
+        if signum := next(looks, None):
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(RunDir, "read_address", look)
+    start = time.monotonic()
+    with pytest.raises(ProducerFailure, match="told to end"):
+        asyncio.run(run(run_dir))
+    assert time.monotonic() - start < 5
+    assert next(looks, None) is None, "it never waited"
