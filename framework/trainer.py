@@ -16,7 +16,7 @@ from framework.megatron.checkpoint import CheckpointWriter
 from framework.megatron.microbatch import Microbatch, pack_microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
-from framework.megatron.step import StepRunner
+from framework.megatron.step import StepRunner, largest
 from framework.metrics import MetricsLogger
 from framework.overlong import recount, shorten_batch, shorten_sample
 from framework.throughput import step_figures, this_device_peak_flops
@@ -102,8 +102,10 @@ class Trainer:
         advantages = self.advantages(batch)
         updates = [self.pack(plan, batch, samples, advantages) for plan in plans]
         # Where a run begins or goes on; samples of older versions would differ by right.
-        first = batch.step == self.start_step and batch.staleness_max == 0
-        gate = first and self.config.stage == "rl" and self.config.gate.enabled
+        begins = batch.step == self.start_step and self.config.stage == "rl"
+        gate = begins and self.config.gate.enabled and batch.staleness_max == 0
+        if begins and not gate and self.mesh.rank == 0:
+            print("gate: not checked: switched off, or a batch of older versions", flush=True)
         several = len(updates) > 1 or self.config.algorithm.recompute_old_logprobs
         if gate or several:
             for microbatches in updates:
@@ -115,6 +117,7 @@ class Trainer:
             lr = self.learning_rate(batch.step * len(updates) + i)
             figures.append(self.runner.update(microbatches, self.loss, self.loss_config, lr))
         metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+        metrics["train/tokens"] *= len(figures)  # each token is in one update
         if self.config.batch.overlong == "truncate":
             metrics["train/truncated_samples"] = len(lost)
             metrics["train/truncated_tokens"] = sum(lost.values())
@@ -231,7 +234,7 @@ class Trainer:
             for batch in (each for microbatches in updates for each in microbatches):
                 assert batch.old_logprobs is not None
                 difference = (batch.old_logprobs - batch.rollout_logprobs).abs() * batch.loss_mask
-                worst = torch.maximum(worst, difference.max().cpu())
+                worst = torch.maximum(worst, largest(difference).cpu())
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         gate, dtypes = self.config.gate, {self.config.model.dtype, self.config.rollout.engine.dtype}
         exact = dtypes == {"float32"}

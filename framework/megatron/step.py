@@ -145,9 +145,14 @@ def _figures(
             "tokens": mask.sum(),
             "entropy": (entropy * mask).sum(),
             "rollout_diff": difference.sum(),
-            "rollout_diff_max": difference.max(),
+            "rollout_diff_max": largest(difference),
             **{f"loss/{name}": (values * mask).sum() for name, values in metrics.items()},
         }
+
+
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """The maximum, [] float; NaN counts as infinite, for gloo's MAX over ranks loses it."""
+    return values.max().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def reduce_figures(reports: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, float]:

@@ -1,0 +1,45 @@
+"""The gate before step 1, on figures that are no numbers."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from framework import trainer
+from framework.config import GateConfig
+from framework.trainer import GateError, Trainer
+
+
+@dataclasses.dataclass
+class Row:
+    """What the gate looks at of a micro-batch."""
+
+    old_logprobs: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    loss_mask: torch.Tensor
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("-inf"), -1.5])
+def test_a_difference_that_is_no_number_does_not_pass(
+    monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    """gloo's MAX is C++'s max: a NaN of one rank is lost beside the number of another."""
+
+    def beside_a_rank_that_agrees(value: torch.Tensor, op: object) -> None:
+        value.copy_(value if value.item() > 0 else torch.zeros(1))
+
+    monkeypatch.setattr(trainer.dist, "all_reduce", beside_a_rank_that_agrees)
+    config = types.SimpleNamespace(
+        gate=GateConfig(),
+        model=types.SimpleNamespace(dtype="float32"),
+        rollout=types.SimpleNamespace(engine=types.SimpleNamespace(dtype="float32")),
+    )
+    mesh = types.SimpleNamespace(reports=True)
+    rank = types.SimpleNamespace(config=config, mesh=mesh, start_step=0)
+    good = torch.full((4,), -1.0)
+    bad = good.clone()
+    bad[2] = wrong
+    Trainer.check_gate(rank, [[Row(good, good, torch.ones(4))]])  # pyright: ignore
+    with pytest.raises(GateError, match=r"gate.logprob_abs_diff_max=0.0001"):
+        Trainer.check_gate(rank, [[Row(bad, good, torch.ones(4))]])  # pyright: ignore
