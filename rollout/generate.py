@@ -6,8 +6,9 @@ This is the boundary at which a failing environment or reward becomes a counted 
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -40,6 +41,15 @@ async def run_together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 class _EpisodeError(Exception):
     """Environment or reward failed; the message says how."""
+
+
+@contextlib.contextmanager
+def _boundary(what: str) -> Iterator[None]:
+    """Around foreign code and the use of what it gave: all that goes wrong is an _EpisodeError."""
+    try:
+        yield
+    except Exception as error:
+        raise _EpisodeError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,7 +99,10 @@ class Generator:
     async def _prompt(self, episode: Episode) -> "list[int] | _EpisodeError":
         try:
             messages = await self._guard(episode.environment.initial_messages(), "prompt")
-            return self.chat.prompt(messages)
+            with _boundary("prompt"):
+                if tokens := self.chat.prompt(messages):
+                    return tokens
+            raise _EpisodeError(f"prompt: {messages} has no tokens")
         except _EpisodeError as error:
             return error
 
@@ -115,12 +128,14 @@ class Generator:
                 metadata=task.description,
             )
             reward = await self._guard(self.reward(sample, task), "reward")
-            if not np.isfinite(reward.value):
-                raise _EpisodeError(f"reward is {reward.value}")
+            with _boundary("reward"):
+                sample.reward = float(reward.value)
+                sample.rewards = {str(k): float(v) for k, v in reward.components.items()}
+            for name, value in {"reward": sample.reward, **sample.rewards}.items():
+                if not np.isfinite(value):
+                    raise _EpisodeError(f"{name} is {value}")
         except _EpisodeError as error:
             return self._failed(episode, transcript, str(error))
-        sample.reward = float(reward.value)
-        sample.rewards = reward.components
         sample.check()
         return sample
 
@@ -129,7 +144,9 @@ class Generator:
     ) -> tuple[Task, Status]:
         """Turns until the environment is done or the token budget is spent."""
         environment = episode.environment
-        task = Task(description=environment.describe(), replies=[], environment_reward=0.0)
+        with _boundary("describe"):
+            description = {str(k): str(v) for k, v in environment.describe().items()}
+        task = Task(description=description, replies=[], environment_reward=0.0)
         while True:
             if generation.versions.min() < version:
                 raise EngineFailure(
@@ -146,12 +163,12 @@ class Generator:
             if generation.finish == "length":
                 return task, Status.TRUNCATED
             step = await self._guard(environment.step(task.replies[-1]), "step")
-            task.environment_reward += step.reward
-            if step.done:
-                return task, Status.STOPPED
-            transcript.add_observation(
-                self.chat.continuation(step.messages, ended=generation.end_token)
-            )
+            with _boundary("step"):
+                task.environment_reward += float(step.reward)
+                if step.done:
+                    return task, Status.STOPPED
+                observation = self.chat.continuation(step.messages, ended=generation.end_token)
+            transcript.add_observation(observation)
             budget = self.sampling.max_new_tokens - transcript.response_length
             if budget < 1:
                 return task, Status.TRUNCATED
@@ -164,12 +181,13 @@ class Generator:
     async def _guard(self, call: Awaitable[T], what: str) -> T:
         """Await foreign code within its bound; whatever it raises becomes an _EpisodeError."""
         try:
-            async with asyncio.timeout(self.timeout_s):
-                return await call
-        except TimeoutError:
-            raise _EpisodeError(f"{what}: no answer within {self.timeout_s:g} s") from None
-        except Exception as error:
-            raise _EpisodeError(f"{what}: {type(error).__name__}: {error}") from error
+            with _boundary(what):
+                async with asyncio.timeout(self.timeout_s):
+                    return await call
+        except _EpisodeError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise _EpisodeError(f"{what}: no answer within {self.timeout_s:g} s") from None
+            raise
 
     def _failed(self, episode: Episode, transcript: Transcript, reason: str) -> Sample:
         logger.warning("sample %d/%d failed: %s", episode.group_id, episode.index, reason)

@@ -57,6 +57,8 @@ class EchoEnvironment(Environment):
     async def initial_messages(self) -> list[Message]:
         if self.trouble == "prompt":
             raise RuntimeError("no prompt today")
+        if self.trouble == "odd prompt":
+            return 7  # pyright: ignore[reportReturnType]
         return [{"role": "user", "content": "q0"}]
 
     async def step(self, reply: str) -> EnvironmentStep:
@@ -64,6 +66,10 @@ class EchoEnvironment(Environment):
             raise KeyError("boom")
         if self.trouble == "hangs":
             await asyncio.sleep(3600)
+        if self.trouble == "no step":
+            return None  # pyright: ignore[reportReturnType]
+        if self.trouble == "no message":
+            return EnvironmentStep(messages=None, done=False)  # pyright: ignore[reportArgumentType]
         reward = float(reply == f"q{self.turn}")
         self.turn += 1
         if self.turn == self.num_turns:
@@ -75,4 +81,6 @@ class EchoEnvironment(Environment):
         return "echo"
 
     def describe(self) -> dict[str, str]:
+        if self.trouble == "describe":
+            raise LookupError("who am I")
         return {"prompt": "q0", "answer": "q0"}

@@ -9,6 +9,7 @@ from rollout.generate import Episode, Generator
 from rollout.rewards import REWARDS, Reward, Task
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
+from rollout.wire import decode, encode
 from tests.rollout.fakes import EchoEnvironment, ScriptedClient
 
 
@@ -76,7 +77,15 @@ def test_the_token_budget_covers_all_turns(chat):
 
 @pytest.mark.parametrize(
     ("trouble", "reason"),
-    [("prompt", "no prompt today"), ("raises", "boom"), ("hangs", "no answer within 0.2 s")],
+    [
+        ("prompt", "no prompt today"),
+        ("odd prompt", "prompt: "),
+        ("describe", "describe: LookupError: who am I"),
+        ("raises", "boom"),
+        ("hangs", "no answer within 0.2 s"),
+        ("no step", "step: AttributeError"),
+        ("no message", "step: "),
+    ],
 )
 def test_a_failing_environment_costs_its_own_sample_only(chat, trouble, reason):
     environments = [EchoEnvironment(seed=0), EchoEnvironment(seed=0, trouble=trouble)]
@@ -102,15 +111,47 @@ async def infinite(sample: Sample, task: Task) -> Reward:
     return Reward(value=float("inf"))
 
 
+async def odd(sample: Sample, task: Task) -> Reward:
+    return Reward(value=1.0, components={"style": float("nan")})
+
+
+async def wordy(sample: Sample, task: Task) -> Reward:
+    return Reward(value="much")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize(
     ("reward", "reason"),
-    [(raising, "ZeroDivisionError"), (hanging, "reward: no answer"), (infinite, "reward is inf")],
+    [
+        (raising, "ZeroDivisionError"),
+        (hanging, "reward: no answer"),
+        (infinite, "reward is inf"),
+        (odd, "style is nan"),
+        (wordy, "reward: ValueError"),
+    ],
 )
 def test_a_failing_reward_is_a_status_not_a_stall(chat, reward, reason):
     (sample,), _ = run(chat, [EchoEnvironment(seed=0)], reward=reward)
     assert sample.status is Status.FAILED
     assert reason in sample.metadata["error"]
     assert not sample.loss_mask.any()
+
+
+class NumberEnvironment(EchoEnvironment):
+    """Answers with a number where text is declared, as arithmetic tasks easily do."""
+
+    def describe(self) -> dict[str, str]:
+        return {"answer": 42}  # pyright: ignore[reportReturnType]
+
+
+async def numpy_reward(sample: Sample, task: Task) -> Reward:
+    return Reward(value=np.float32(1), components={"length": np.float64(2), "n": np.int64(3)})
+
+
+def test_what_foreign_code_gives_can_be_journaled_and_sent(chat):
+    (sample,), _ = run(chat, [NumberEnvironment(seed=0, num_turns=1)], reward=numpy_reward)
+    (again,) = decode(encode([sample]), list[Sample])
+    assert again.metadata == {"answer": "42"}
+    assert (again.reward, again.rewards) == (1.0, {"length": 2.0, "n": 3.0})
 
 
 def test_tokens_of_weights_older_than_published_stop_the_run(chat):
