@@ -18,6 +18,7 @@ LAUNCHER_PID = "DRIVETRAIN_LAUNCHER_PID"
 """Environment variable: the process whose death must end this one."""
 
 _PR_SET_PDEATHSIG = 1
+_UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 def die_with_parent() -> None:
@@ -35,9 +36,12 @@ def die_with_parent() -> None:
 def follow_launcher(*, direct: bool = True) -> None:
     """End with the launcher, where there is one (DRIVETRAIN_LAUNCHER_PID); else do nothing.
 
-    direct: the launcher is this process's parent (not so for torchrun's workers). The launcher
-    may have died before the kernel was asked, so its presence is checked afterwards.
+    direct: the launcher is this process's parent. Not so for torchrun's workers: they end with
+    torchrun, whoever started that. The launcher may have died before the kernel was asked, so its
+    presence is checked afterwards.
     """
+    if not direct and _UNDER_TORCHRUN in os.environ:
+        die_with_parent()
     value = os.environ.get(LAUNCHER_PID)
     if not value:
         return

@@ -61,6 +61,22 @@ def read_pid(path: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_rank_dies_with_torchrun_that_a_person_started(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != LAUNCHER_PID}
+    rank = ROLE.replace("follow_launcher()", "follow_launcher(direct=False)")
+    code = LAUNCHER.replace(
+        '"DRIVETRAIN_LAUNCHER_PID": str(os.getpid())', '"TORCHELASTIC_RUN_ID": "x"'
+    )
+    torchrun = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "pid"), rank], env=environment
+    )
+    worker = read_pid(tmp_path / "pid")
+    torchrun.kill()
+    torchrun.wait()
+    assert wait_for(lambda: gone(worker), 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_a_role_dies_with_its_killed_launcher(tmp_path):
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path / "pid"), ROLE])
     role = read_pid(tmp_path / "pid")
