@@ -10,6 +10,10 @@ from typing import Any
 
 import httpx
 
+_KEEPALIVE_S = 2.0
+"""Idle connections are dropped by us first: SGLang does so after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE),
+and a push that meets it then has failed; it must not be sent twice."""
+
 
 class WeightSyncError(RuntimeError):
     """An engine refused a weight update, or holds other weights than the trainers."""
@@ -24,7 +28,12 @@ class Engines:
         self.urls = list(urls)
         self.timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(timeout=timeout_s, headers=headers, trust_env=False)
+        self._client = httpx.Client(
+            timeout=timeout_s,
+            headers=headers,
+            trust_env=False,
+            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
+        )
         self._pool = ThreadPoolExecutor(len(self.urls), thread_name_prefix="engine")
 
     def close(self) -> None:
