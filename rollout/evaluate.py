@@ -30,9 +30,20 @@ class Evaluator:
         self._generator = replace(generator, sampling=sampling)
         self._results = results
         self._prompts = PromptStream(data, seed, "eval")
+        self._last: EvalResult | None = None
+        self._running = asyncio.Lock()
 
     async def run(self, version: int) -> EvalResult:
-        """Evaluate `version`; EngineFailure when the engines serve another one."""
+        """Evaluate `version`; EngineFailure when the engines serve another one.
+
+        Asked again, as by a trainer that lost the answer, it tells the same and adds no line.
+        """
+        async with self._running:
+            if self._last is None or self._last.version != version:
+                self._last = await self._measure(version)
+            return self._last
+
+    async def _measure(self, version: int) -> EvalResult:
         start = time.monotonic()
         count = self._data.eval_num_prompts
         chunks = [
@@ -66,6 +77,7 @@ class Evaluator:
 
     async def forget_after(self, version: int) -> None:
         """Drop the results of later versions: the run goes on from this one."""
+        self._last = None
         await asyncio.to_thread(trim_lines, self._results, "version", version)
 
     async def _chunk(self, indices: range, version: int) -> list[Sample]:

@@ -66,6 +66,9 @@ def test_evaluation_measures_the_version_it_was_asked_for(running):
     result = source.evaluate(0)
     assert (result.version, result.accuracy, result.num_prompts) == (0, 1.0, 5)
     assert '"accuracy": 1.0' in (running.rollouts / "eval.jsonl").read_text()
+    # Asked again, as when the answer was lost on its way.
+    assert running.source().evaluate(0) == result
+    assert len((running.rollouts / "eval.jsonl").read_text().splitlines()) == 1
     with pytest.raises(RolloutFailure, match=r"evaluation of version 3: .* \[0\]|version 0 where"):
         source.evaluate(3)
 
