@@ -128,6 +128,14 @@ def _asynchrony(config: RunConfig) -> Iterator[str]:
             f"rollout.engine.num_engines={config.rollout.engine.num_engines}: rollout.engine.urls "
             f"names {len(config.rollout.engine.urls)}"
         )
+    address = config.rollout.address
+    if address and config.mode in ("rollout_only", "eval"):
+        yield f"rollout.address={address}: mode={config.mode} is a rollout process; leave it empty"
+    elif address and not config.rollout.engine.urls and config.cluster.launcher != "manual":
+        yield (
+            f"rollout.address={address}: who runs the rollout process runs the engines as well; "
+            "name them in rollout.engine.urls"
+        )
     for url in [*config.rollout.engine.urls, config.rollout.address]:
         if url and not url.startswith(("http://", "https://")):
             key = "rollout.address" if url == config.rollout.address else "rollout.engine.urls"

@@ -63,6 +63,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.create()
     config = compose_config(["experiment=smoke", f"run_dir={path}", f"name='{HOSTILE[:9]}'"])
     config.model.hf_path = str(path / "tiny_model")
+    config.rollout.engine.api_key = "key-of-the-engines"
     create_tiny_model(config.model.tiny, config.model.hf_path)
     run.config.write_text(config_yaml(config))
     logger = MetricsLogger(path, tensorboard=False)
@@ -75,7 +76,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logger.close()
     text = {"prompt": HOSTILE, "response": HOSTILE, "reward": 1.0}
     line = {"version": 0, "accuracy": 0.25, "num_prompts": 4, "response_length_mean": 3.0}
-    run.eval.write_text(json.dumps({**line, "samples": [text]}) + "\n")
+    # The second evaluation was cut short by kill -9.
+    run.eval.write_text(json.dumps({**line, "samples": [text]}) + '\n{"version": 6, "acc')
     return path
 
 
@@ -109,7 +111,9 @@ def test_report_holds_curves_samples_evaluations_and_configuration(run_dir: Path
     assert rows[-1]["reward"] == 1.0
     assert ["accuracy", "0.250 → 0.750"] in data["summary"]
     assert "prompts_per_step: 4" in data["config"]
-    assert data["evaluations"][0]["rows"][0]["response"] == HOSTILE
+    (evaluation,) = data["evaluations"]
+    assert evaluation["rows"][0]["response"] == HOSTILE
+    assert "key-of-the-engines" not in json.dumps(data)
 
 
 def test_nothing_a_model_wrote_is_markup_and_nothing_is_fetched(run_dir: Path) -> None:
