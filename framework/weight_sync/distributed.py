@@ -1,7 +1,6 @@
 """Weights to the engines over a process group: one flat broadcast per bucket, gloo or NCCL."""
 
 import secrets
-import socket
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ import torch.distributed as dist
 
 from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
-from framework.weight_sync.groups import join_update_group
+from framework.weight_sync.groups import join_update_group, open_store
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import export_buckets
 from rollout.server.engine import public_host
@@ -37,6 +36,7 @@ class DistributedPush:
                 next(buckets, None)  # takes part in the assembling
                 return 0
             if self._group is None:
+                engines.end_session()
                 self._connect(engines)
             engines.post("/begin_weight_update", {})
             for i, bucket in enumerate(buckets):
@@ -71,14 +71,14 @@ class DistributedPush:
     def _connect(self, engines: Engines) -> None:
         tp = self.context.engine_tp
         world = 1 + tp * len(engines.urls)
-        port = _free_port(self.context.host)
         address = public_host(self.context.host)
+        store = open_store(address, engines.timeout_s)
         futures = engines.start(
             "/init_weights_update_group",
             [
                 {
                     "master_address": address,
-                    "master_port": port,
+                    "master_port": store.port,
                     "rank_offset": 1 + tp * k,
                     "world_size": world,
                     "group_name": self._name,
@@ -88,8 +88,7 @@ class DistributedPush:
             ],
         )
         self._group = join_update_group(
-            address,
-            port,
+            store,
             rank=0,
             world_size=world,
             name=self._name,
@@ -97,9 +96,3 @@ class DistributedPush:
             timeout_s=engines.timeout_s,
         )
         engines.finish(futures)
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

@@ -14,6 +14,8 @@ _KEEPALIVE_S = 2.0
 """Idle connections are dropped by us first: SGLang does so after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE),
 and a push that meets it then has failed; it must not be sent twice."""
 
+_NO_SESSION = "no weight-update session is open"
+
 
 class WeightSyncError(RuntimeError):
     """An engine refused a weight update, or holds other weights than the trainers."""
@@ -69,6 +71,18 @@ class Engines:
         self.post("/pause_generation", {"mode": mode})
         yield
         self.post("/continue_generation", {})
+
+    def end_session(self) -> None:
+        """Close the weight session that a trainer which died has left open; they refuse a second.
+
+        Harmless where none is open. Their weights stay in doubt until the next push.
+        """
+        for future in self.start("/end_weight_update", [{}] * len(self.urls)):
+            try:
+                future.result(timeout=self.timeout_s)
+            except WeightSyncError as error:
+                if _NO_SESSION not in str(error):
+                    raise
 
     def checksums(self) -> list[Any]:
         """Each engine's own checksum of every tensor it holds."""

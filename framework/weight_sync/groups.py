@@ -11,9 +11,20 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
+def open_store(address: str, timeout_s: float) -> dist.TCPStore:
+    """Where the members meet, listening on a port that was free when it was bound: `store.port`."""
+    # Not dist.rendezvous: under torchrun that would make rank 0 a client of the agent's own store.
+    return dist.TCPStore(
+        address,
+        0,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+
+
 def join_update_group(
-    address: str,
-    port: int,
+    store: dist.TCPStore,
     *,
     rank: int,
     world_size: int,
@@ -21,15 +32,11 @@ def join_update_group(
     backend: str,
     timeout_s: float,
 ) -> Any:
-    """Rendezvous at tcp://address:port (rank 0 listens there) and form the group.
+    """Form the group of all that come to `store`.
 
     Blocks until all members are there, at most timeout_s.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
-    # Not dist.rendezvous: under torchrun that would make rank 0 a client of the agent's own store.
-    store = dist.TCPStore(
-        address, port, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True
-    )
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,

@@ -10,6 +10,8 @@ import pytest
 from runs import COMMON, TIMES, drivetrain, largest_difference, metrics, weights
 from safetensors.torch import load_file
 
+from framework.weight_sync.engines import Engines, WeightSyncError
+
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
@@ -152,6 +154,19 @@ def test_a_planted_wrong_weight_stops_the_run_and_is_named(engine, tiny_model_di
         assert not (run_dir / "metrics.jsonl").read_text()
     finally:
         resume(engine)
+
+
+def test_a_weight_session_of_a_dead_trainer_does_not_lock_the_engine(engine):
+    """Engines that outlive a trainer (rollout.engine.urls) take the next one's push."""
+    engines = Engines([engine.url], engine.api_key, 30.0)
+    engines.post("/begin_weight_update", {})
+    with pytest.raises(WeightSyncError, match="already open"):
+        engines.post("/begin_weight_update", {})
+    engines.end_session()
+    engines.end_session()  # none is open
+    engines.post("/begin_weight_update", {})
+    engines.end_session()
+    engines.close()
 
 
 def resume(engine) -> None:

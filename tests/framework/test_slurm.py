@@ -65,10 +65,13 @@ def test_script_is_the_one_we_know(name: str) -> None:
 def test_script_is_valid_bash_that_keeps_hostile_names_as_text(name: str, tmp_path: Path) -> None:
     hostile = "run_dir='/shared/a b;touch $(x)'"
     script = tmp_path / "job.sbatch"
-    script.write_text(rendered([*CASES[name], hostile]))
+    script.write_text(rendered([*CASES[name], hostile, "name='n $(touch x)'"]))
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "RUN='/shared/a b;touch $(x)'" in script.read_text()
+    comment, *others = [line for line in script.read_text().splitlines() if "n $(touch x)" in line]
+    assert comment.startswith("# ")
+    assert others == ["NAME='n $(touch x)'"]
 
 
 def test_engines_never_share_a_gpu_with_trainers_or_each_other() -> None:
