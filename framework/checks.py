@@ -36,6 +36,7 @@ def check_config(config: RunConfig) -> list[str]:
     errors += _sampling(config)
     errors += _asynchrony(config)
     errors += _batch(config)
+    errors += _waits(config)
     try:
         shape = read_model_shape(config.model)
     except ValueError as error:
@@ -140,6 +141,23 @@ def _asynchrony(config: RunConfig) -> Iterator[str]:
         if url and not url.startswith(("http://", "https://")):
             key = "rollout.address" if url == config.rollout.address else "rollout.engine.urls"
             yield f"{key}={url}: an address starts with http:// or https://"
+
+
+def _waits(config: RunConfig) -> Iterator[str]:
+    """While rank 0 waits for engines or an evaluation, the others wait for it in a collective."""
+    parallel = config.parallel
+    if config.mode != "train" or config.stage != "rl" or parallel.world_size == 1:
+        return
+    bounds = {
+        "rollout.batch_timeout_s": config.rollout.batch_timeout_s,
+        "weight_sync.timeout_s": config.weight_sync.timeout_s,
+    }
+    for key, seconds in bounds.items():
+        if seconds > parallel.timeout_s:
+            yield (
+                f"parallel.timeout_s={parallel.timeout_s:g}: trainers that wait for rank 0 would "
+                f"give up before it does; at least {key}={seconds:g}"
+            )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

@@ -49,8 +49,14 @@ def read_step(path: Path) -> tuple[StepBatch, list[Sample]]:
             raise ValueError(f"journal format {entry.format}, this version reads {_FORMAT}")
         if len(entry.samples) != len(entry.batch.samples):
             raise ValueError(f"{len(entry.samples)} of {len(entry.batch.samples)} samples")
-        for sample in entry.samples:
+        if path != step_path(path.parent, entry.batch.step):
+            raise ValueError(f"holds step {entry.batch.step}: renamed, or of another run")
+        for info, sample in zip(entry.batch.samples, entry.samples, strict=True):
             sample.check()
+            described = (info.group_id, info.index, info.prompt_length, info.response_length)
+            found = (sample.group_id, sample.index, sample.prompt_length, sample.response_length)
+            if described != found:
+                raise ValueError(f"sample {found} is not {described}, as its batch says")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return entry.batch, entry.samples

@@ -1,5 +1,6 @@
 """Where trainers get their batches: from the rollout process, or from another run's journal."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -52,6 +53,10 @@ class BatchSource(Protocol):
 
 class RolloutFailure(RuntimeError):
     """The rollout process said that it cannot go on, or refused a request."""
+
+
+class RolloutGone(RolloutFailure):
+    """The rollout process cannot be reached."""
 
 
 class BufferClient:
@@ -112,8 +117,9 @@ class BufferClient:
         self._send("/restore", state)
 
     def finish(self) -> None:
-        """The rollout process ends."""
-        self._post("/finish", None)
+        """The rollout process ends; one that has ended already may not have got to answer."""
+        with contextlib.suppress(RolloutGone):
+            self._post("/finish", None)
 
     def health(self) -> Health:
         """How the rollout process stands."""
@@ -153,7 +159,7 @@ class BufferClient:
                 ) from None
             except httpx.TransportError as error:
                 if time.monotonic() > deadline:
-                    raise RolloutFailure(
+                    raise RolloutGone(
                         f"the rollout process at {self._url} is gone ({path}: {error}); "
                         f"see logs/rollout.log in the run directory"
                     ) from None

@@ -49,6 +49,11 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
         ["rollout.address=http://h:1"],
         ["rollout.address=http://h:1", "rollout.engine.urls"],
     ),
+    (
+        "a wait longer than the other ranks'",
+        ["parallel.dp=2", "rollout.batch_timeout_s=900"],
+        ["parallel.timeout_s=600", "rollout.batch_timeout_s=900"],
+    ),
     ("beta of one", ["optimizer.beta1=1.0"], ["optimizer.beta1=1.0", "[0, 1)"]),
     ("unknown mode", ["mode=training"], ["mode=training", "train_only"]),
     ("unknown loss", ["algorithm.loss=ppo"], ["algorithm.loss=ppo", "ppo_clip"]),

@@ -47,6 +47,12 @@ def test_damaged_and_missing_steps_name_the_file(tmp_path):
     write_step(tmp_path, batch, samples[:-1])
     with pytest.raises(ValueError, match=r"step_000000.msgpack: 3 of 4 samples"):
         source.take(0)
+    write_step(tmp_path, batch, samples[::-1])
+    with pytest.raises(ValueError, match=r"sample \(1, 1, .* is not \(0, 0, .*as its batch says"):
+        source.take(0)
+    write_step(tmp_path, batch, samples).rename(step_path(tmp_path, 3))
+    with pytest.raises(ValueError, match=r"step_000003.msgpack: holds step 0"):
+        source.take(3)
     samples[0].rollout_logprobs[0] = float("nan")
     write_step(tmp_path, batch, samples)
     with pytest.raises(ValueError, match=r"step_000000.msgpack: sample 0/0: rollout_logprobs"):
