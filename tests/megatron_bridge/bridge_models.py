@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
-    "llama_untied": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
+    "llama3": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
 }
 
 

@@ -1,48 +1,16 @@
-"""What four gloo ranks do with real megatron-core models; started by test_megatron.py."""
+"""What the ranks do with real megatron-core models; started by logits_parity.py."""
 
 import dataclasses
-import datetime
-import importlib
-import json
 import os
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from bridge_models import TOKENS
+from logits_cases import Case
 
-WORLD = 4
 MULTIPLE = 8
-TIMEOUT_S = 60
-
-
-def work(rank: int, port: int, root: str, cases: list[dict[str, Any]]) -> None:
-    """Run every case; leaves root/<case>.<rank>.json, or root/failed.<rank> with a traceback."""
-    try:
-        _work(rank, port, Path(root), cases)
-    except BaseException:
-        Path(root, f"failed.{rank}").write_text(traceback.format_exc())
-        raise
-
-
-def _work(rank: int, port: int, root: Path, cases: list[dict[str, Any]]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=TIMEOUT_S)
-    )
-    from megatron_bridge import models
-
-    tables = dict(models.ARCHITECTURES)
-    for case in cases:
-        models.ARCHITECTURES.update(tables)
-        if case.get("wrong"):
-            plant_wrong_rule(case["wrong"])
-        result = run_case(rank, root, case)
-        (root / f"{case['name']}.{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 def plant_wrong_rule(which: str) -> None:
@@ -66,7 +34,6 @@ def plant_wrong_rule(which: str) -> None:
 
 def build(rank: int, hf_dir: Path, sizes: dict[str, int]) -> tuple[Any, Any, list[Any]]:
     """The layout, its plan and this rank's loaded model chunks."""
-    importlib.import_module("framework.megatron")  # prepares megatron-core for the CPU
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -78,7 +45,7 @@ def build(rank: int, hf_dir: Path, sizes: dict[str, int]) -> tuple[Any, Any, lis
     from megatron_bridge.load import detect_spec, load_hf
 
     tp, pp, vpp, ep, etp = (sizes.get(name, 1) for name in ("tp", "pp", "vpp", "ep", "etp"))
-    layout = Layout(**{"dp": WORLD // (tp * pp), **sizes})
+    layout = Layout(**sizes)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
@@ -89,7 +56,7 @@ def build(rank: int, hf_dir: Path, sizes: dict[str, int]) -> tuple[Any, Any, lis
     )
     model_parallel_cuda_manual_seed(1)
     config = read_config(hf_dir)
-    parallel = ParallelConfig(**{"dp": layout.dp, **sizes})
+    parallel = ParallelConfig(**sizes)
     model = ModelConfig(hf_path=str(hf_dir), vocab_pad_multiple=MULTIPLE)
     chunks = build_chunks(config, transformer_config(config, model, parallel), MULTIPLE)
     for chunk in chunks:
@@ -140,23 +107,23 @@ def neighbour(layout: Any, coords: Any, pp: int) -> int:
     return layout.rank(tp=coords.tp, cp=coords.cp, dp=coords.dp, pp=pp)
 
 
-def run_case(rank: int, root: Path, case: dict[str, Any]) -> dict[str, Any]:
+def run_case(rank: int, root: Path, case: Case) -> dict[str, Any]:
     """Load, compare logits with transformers', export and compare with the file, bit for bit."""
     from safetensors.torch import load_file
 
     from megatron_bridge.export import ExportBuffers, export_buckets
     from megatron_bridge.mapping import check
 
-    hf_dir = root / case["model"]
-    layout, plan, chunks = build(rank, hf_dir, case["layout"])
+    hf_dir = root / case.model
+    layout, plan, chunks = build(rank, hf_dir, case.layout)
     result: dict[str, Any] = {"errors": check(plan.hf_config, layout, MULTIPLE)}
-    wanted = torch.load(root / f"{case['model']}.logits")
+    wanted = torch.load(root / f"{case.model}.logits")
     logits = forward(rank, layout, chunks, wanted.shape[-1])
     if logits is not None:
         result["difference"] = ((logits - wanted).abs().max() / wanted.abs().max()).item()
     result["exported"] = 0
     original = load_file(hf_dir / "model.safetensors")
-    dst, buffers = case.get("dst", 0), ExportBuffers()
+    dst, buffers = case.dst, ExportBuffers()
     for _ in range(2):  # the second time in the same memory
         names = []
         with export_buckets(plan, chunks, rank, dst, buffers=buffers) as stream:
@@ -168,7 +135,7 @@ def run_case(rank: int, root: Path, case: dict[str, Any]) -> dict[str, Any]:
         if rank == dst and sorted(names) != sorted(original):
             result["errors"].append(f"exported {names}")
         result["exported"] = len(names)
-    if case.get("save"):
+    if case.save:
         result |= save(rank, root, hf_dir, plan, chunks)
     return result
 

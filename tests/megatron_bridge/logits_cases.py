@@ -1,0 +1,101 @@
+"""The table of models and layouts whose logits must be transformers'."""
+
+from dataclasses import dataclass, field
+
+from bridge_models import MODELS
+
+TOLERANCE = 2e-6
+"""Largest |difference of logits| over largest |logit|, fp32."""
+WRONG_DIFFERENCE = 0.1
+"""A planted wrong rule is off by at least this."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a model and its layout."""
+
+    model: str
+    layout: dict[str, int] = field(default_factory=dict)
+    """Fields of `Layout` other than their defaults."""
+    ci: bool = False
+    """Run for every change; the others at night."""
+    wrong: str = ""
+    """A rule to plant: a bijection that round-trips, and is wrong."""
+    dst: int = 0
+    """The rank that the weights are exported to."""
+    save: bool = False
+    """Also write a directory, and make a second writer fail."""
+
+    @property
+    def name(self) -> str:
+        """`qwen3_tied tp2 pp2`; one rank: `qwen3_tied tp1`."""
+        sizes = [f"{key.removesuffix('_stage_layers')}{n}" for key, n in self.layout.items()]
+        return " ".join(
+            [self.model, *(sizes or ["tp1"]), *(["wrong", self.wrong] if self.wrong else [])]
+        )
+
+    @property
+    def architecture(self) -> str:
+        """The name in config.json."""
+        return f"{MODELS[self.model][0]}ForCausalLM"
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        size = 1
+        for key in ("tp", "pp", "cp", "dp"):
+            size *= self.layout.get(key, 1)
+        return size
+
+
+DENSE_LAYOUTS: list[dict[str, int]] = [
+    {},
+    {"tp": 2},
+    {"tp": 2, "pp": 2},
+    {"tp": 4},  # above the KV heads
+    {"pp": 2, "vpp": 2},
+    {"pp": 2, "first_stage_layers": 1},
+]
+MOE_LAYOUTS: list[dict[str, int]] = [
+    *DENSE_LAYOUTS,
+    {"dp": 2, "ep": 2},
+    {"tp": 2, "etp": 2},
+    {"tp": 2, "dp": 2, "ep": 4},
+    {"tp": 2, "dp": 2, "ep": 2, "etp": 2},
+    {"tp": 2, "pp": 2, "ep": 2},
+]
+
+CI = {
+    "qwen3_tied tp2 pp2",
+    "qwen3_tied pp2 vpp2",
+    "qwen3_untied tp4",
+    "llama_tied tp4",
+    "llama3 tp1",
+    "llama3 tp2 pp2",
+    "qwen3_moe tp2 etp2",
+    "qwen3_moe tp2 dp2 ep2 etp2",
+    "qwen3_moe_mixed pp2 first1",
+    "qwen3_moe_mixed tp2 pp2 ep2",
+}
+"""For every architecture the layout that cuts it in most ways, and each kind of cut somewhere."""
+
+DST = {"qwen3_tied tp4": 3, "llama3 tp2 pp2": 2, "qwen3_moe tp2 etp2": 1}
+SAVE = {"qwen3_tied tp2 pp2"}
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for model in MODELS:
+        for layout in MOE_LAYOUTS if "num_experts_per_tok" in MODELS[model][1] else DENSE_LAYOUTS:
+            name = Case(model, layout).name
+            cases.append(Case(model, layout, name in CI, dst=DST.get(name, 0), save=name in SAVE))
+    return cases
+
+
+CASES = [
+    *_cases(),
+    Case("qwen3_tied", {"tp": 2}, ci=True, wrong="qkv"),
+    Case("qwen3_tied", {"tp": 2}, ci=True, wrong="gated"),
+    Case("qwen3_moe", {"tp": 2, "etp": 2}, ci=True, wrong="expert_gated"),
+]
+assert {case.name for case in CASES} >= CI | SAVE | DST.keys()
