@@ -5,11 +5,19 @@ from typing import Any
 
 from megatron_bridge.models.architecture import Architecture, ModelDescription
 from megatron_bridge.models.llama import LLAMA
+from megatron_bridge.models.mistral import MISTRAL
+from megatron_bridge.models.mixtral import MIXTRAL
+from megatron_bridge.models.qwen2 import QWEN2
+from megatron_bridge.models.qwen2_moe import QWEN2_MOE
 from megatron_bridge.models.qwen3 import QWEN3
 from megatron_bridge.models.qwen3_moe import QWEN3_MOE
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
 }

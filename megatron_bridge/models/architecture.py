@@ -73,6 +73,8 @@ class ModelShape:
     """Embedding and output layer share their weight."""
     num_experts: int = 0
     expert_ffn_size: int = 0
+    shared_ffn_size: int = 0
+    """Width of the expert that sees every token; 0 where there is none."""
     moe_layers: frozenset[int] = frozenset()
     """Numbers of the layers with experts."""
 

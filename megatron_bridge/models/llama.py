@@ -39,11 +39,18 @@ FINAL_NORM = "model.norm.weight"
 
 
 def read_dense_config(
-    fields: ConfigFields, *, head_dim: int | None, kv_heads: int | None, qk_layernorm: bool
+    fields: ConfigFields,
+    *,
+    head_dim: int | None,
+    kv_heads: int | None,
+    qk_layernorm: bool,
+    eps: float = 1e-6,
+    theta: float = 10000.0,
 ) -> tuple[ModelShape, dict[str, Any], dict[str, Any]]:
     """Shape, TransformerConfig and GPTModel arguments of the dense family.
 
-    head_dim, kv_heads: what transformers takes for an absent field (None: the field is needed).
+    head_dim, kv_heads, eps, theta: what transformers takes for an absent field (None: the field is
+    needed).
     """
     shape = ModelShape(
         num_layers=fields.integer("num_hidden_layers"),
@@ -76,7 +83,7 @@ def read_dense_config(
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": fields.number("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": fields.number("rms_norm_eps", eps),
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "qk_layernorm": qk_layernorm,
@@ -85,7 +92,7 @@ def read_dense_config(
     }
     gpt = {
         "share_embeddings_and_output_weights": shape.tied,
-        **read_rope(fields, default_theta=10000.0),
+        **read_rope(fields, default_theta=theta),
     }
     return shape, transformer, gpt
 

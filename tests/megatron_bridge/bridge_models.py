@@ -48,6 +48,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_untied": ("Qwen2", {"tie_word_embeddings": False}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            **EXPERTS,
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 48,
+            "tie_word_embeddings": False,
+        },
+    ),
     "llama3": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
 }
 
