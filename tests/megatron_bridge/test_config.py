@@ -14,7 +14,7 @@ def config(family="Qwen3", **changes):
     """The config.json that transformers writes for a tiny model, with changes."""
     import transformers
 
-    name = {"Qwen3": "qwen3_untied", "Llama": "llama_tied", "Qwen3Moe": "qwen3_moe"}[family]
+    name = next(name for name, (each, _) in MODELS.items() if each == family)
     made = getattr(transformers, f"{family}Config")(**SIZES, **MODELS[name][1]).to_dict()
     made["architectures"] = [f"{family}ForCausalLM"]
     return {key: value for key, value in {**made, **changes}.items() if value != "absent"}
@@ -68,6 +68,29 @@ def test_sliding_windows_are_refused():
     with pytest.raises(ValueError, match="sliding_window"):
         describe(config("Llama", sliding_window=128))
     describe(config(sliding_window=128, max_window_layers=2))  # means nothing without the flag
+
+
+def test_windows_of_the_mistrals_are_refused():
+    with pytest.raises(ValueError, match="sliding_window is 4096"):
+        describe(config("Mistral", sliding_window=4096))
+    with pytest.raises(ValueError, match="sliding_window is missing, which means 4096"):
+        describe(config("Mistral", sliding_window="absent"))
+    with pytest.raises(ValueError, match="sliding_window is 4096"):
+        describe(config("Mixtral", sliding_window=4096))
+
+
+def test_what_the_families_do_not_compute_is_refused():
+    for family, changes, named in (
+        ("Mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("Qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("Qwen2Moe", {"qkv_bias": False}, "qkv_bias"),
+        ("Qwen2Moe", {"shared_expert_intermediate_size": "absent"}, "shared_expert_intermediate"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            describe(config(family, **changes))
+    assert describe(config("Mixtral", rms_norm_eps="absent")).transformer["layernorm_epsilon"] == (
+        1e-5  # the others' is 1e-6
+    )
 
 
 def test_experts_are_read_from_both_names_and_every_mistake_is_named():
