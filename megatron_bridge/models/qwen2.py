@@ -47,9 +47,17 @@ def read_config(
     return result
 
 
+def engine_limit(shape: ModelShape) -> str:
+    """SGLang 0.5.23's model on a CPU takes heads of the usual size, whatever head_dim says."""
+    if shape.head_dim * shape.num_heads != shape.hidden_size:
+        return "its heads are hidden_size / num_attention_heads wide (head_dim)"
+    return ""
+
+
 QWEN2 = Architecture(
     name="Qwen2ForCausalLM",
     read_config=read_config,
+    engine_limit=engine_limit,
     tensors=(
         *LLAMA_TENSORS,
         HfTensor(Section.LAYER, QKV_BIAS[0], lambda s: (s.num_heads * s.head_dim,)),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron_bridge.models import qwen2
 from megatron_bridge.models.architecture import (
     Architecture,
     HfTensor,
@@ -59,9 +60,8 @@ def read_config(
 
 def engine_limit(shape: ModelShape) -> str:
     """SGLang 0.5.23's model has heads of the usual size and an output layer of its own."""
-    if shape.head_dim * shape.num_heads != shape.hidden_size:
-        return "its heads are hidden_size / num_attention_heads wide (head_dim)"
-    return "it does not tie embeddings (tie_word_embeddings)" if shape.tied else ""
+    tied = "it does not tie embeddings (tie_word_embeddings)" if shape.tied else ""
+    return qwen2.engine_limit(shape) or tied
 
 
 QWEN2_MOE = Architecture(

@@ -40,7 +40,8 @@ def bucket_of(tensors):
 def recorded(request, tmp_path):
     """What a server answered, the weights that it had loaded, and an ExpectedChecksums for it."""
     record = json.loads(request.param.read_text())
-    tensors = create_patterned_model(record["model"], tmp_path, num_hidden_layers=1)
+    sizes = {"num_hidden_layers": 1, **record.get("sizes", {})}
+    tensors = create_patterned_model(record["model"], tmp_path, **sizes)
     dtype = getattr(torch, record["dtype"])
     config = read_config(tmp_path)
     return record["reply"], tensors, ExpectedChecksums(config, record["engine_tp"], dtype, "cpu")
