@@ -14,6 +14,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "rollout.engine.dtype": ("float32", "bfloat16"),
     "rollout.engine.device": ("auto", "cpu", "cuda"),
+    "rollout.engine.router_policy": ("power_of_two", "round_robin", "random", "cache_aware"),
     "algorithm.aggregation": ("token_mean", "sequence_mean", "sequence_sum"),
     "batch.overlong": ("refuse", "truncate"),
     "weight_sync.pause_mode": ("retract", "in_place"),

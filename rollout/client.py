@@ -1,8 +1,9 @@
 """Asyncio client of the SGLang engines: token ids in, token ids with log-probs and versions out.
 
-One list call serves a group. Connections that fail, 5xx and aborted requests are tried again, on
-the least loaded engine, a bounded number of times and within one total bound; a reply that does
-not fit what was asked is refused with the reason.
+One list call serves a group, or one call a sample where sglang-router stands between. Connections
+that fail, 5xx and aborted requests are tried again, on the least loaded engine, a bounded number of
+times and within one total bound; a reply that does not fit what was asked is refused with the
+reason.
 """
 
 import asyncio
@@ -71,9 +72,10 @@ class _Retry(Exception):
 
 
 class EngineClient:
-    """Talks to all engines of a run. Use as an async context manager."""
+    """Talks to all engines of a run, or to their router. Use as an async context manager."""
 
     def __init__(self, urls: list[str], api_key: str, config: EngineConfig) -> None:
+        """urls: of the engines; with config.router the router's alone."""
         if not urls:
             raise ValueError("rollout.engine.urls: no engine to talk to")
         self._in_flight = {url.rstrip("/"): 0 for url in urls}
@@ -101,13 +103,25 @@ class EngineClient:
 
         Raises EngineFailure after max_retries further attempts or request_timeout_s in total.
         """
-        body = {
-            "input_ids": prompts,
-            "sampling_params": [
-                _sampling_params(sampling, seed) for _, seed in zip(prompts, seeds, strict=True)
-            ],
-            "return_logprob": True,
-        }
+        params = [_sampling_params(sampling, seed) for _, seed in zip(prompts, seeds, strict=True)]
+        if not self._config.router:
+            return await self._call(prompts, params, sampling)
+        # The router refuses a list of sampling_params (status 422): one call for each sample.
+        calls = [
+            asyncio.ensure_future(self._call([prompt], each, sampling))
+            for prompt, each in zip(prompts, params, strict=True)
+        ]
+        try:
+            return [generation for (generation,) in await asyncio.gather(*calls)]
+        finally:
+            for call in calls:
+                call.cancel()
+
+    async def _call(
+        self, prompts: list[list[int]], params: list[dict] | dict, sampling: SamplingConfig
+    ) -> list[Generation]:
+        """One request, tried until it is answered or its bounds are used up."""
+        body = {"input_ids": prompts, "sampling_params": params, "return_logprob": True}
         reasons: list[str] = []
         tried: set[str] = set()
         try:

@@ -47,6 +47,10 @@ class EngineConfig:
     """Engines that somebody else runs; none is started when this is set."""
     api_key: str = ""
     """What requests to the engines carry; empty: the run's own token."""
+    router: bool = False
+    """Put sglang-router before the engines; off: the rollout process deals its calls out itself."""
+    router_policy: str = "power_of_two"
+    """power_of_two | round_robin | random | cache_aware: how the router chooses an engine."""
     start_timeout_s: float = 300.0
     request_timeout_s: float = 600.0
     max_retries: int = 3

@@ -18,7 +18,7 @@ import uvicorn
 
 from rollout.buffer import DataBuffer
 from rollout.client import EngineClient, EngineFailure
-from rollout.config import RolloutRun, load_rollout_run
+from rollout.config import EngineConfig, RolloutRun, load_rollout_run
 from rollout.data import PromptStream
 from rollout.evaluate import Evaluator
 from rollout.generate import Generator
@@ -55,11 +55,7 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
     prompts = PromptStream(run.data, run.seed, "train")
     prompts.environments(0, 1)  # refuse bad data.args before anything is waited for
     chat = Chat.load(run.model.hf_path)
-    urls = engine.urls or [
-        # Not in a thread: one that waits would be waited for when we are told to end.
-        await run_dir.wait_address_async(f"engine_{k}", engine.start_timeout_s)
-        for k in range(engine.num_engines)
-    ]
+    urls = await _generation_urls(run_dir, engine)
     async with EngineClient(urls, engine.api_key or run_dir.token(), engine) as client:
         generator = Generator(
             client=client,
@@ -70,6 +66,7 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
         )
         standalone = run.mode == "rollout_only"
         per_group = run.rollout.samples_per_prompt
+        capacity = engine.num_engines * engine.max_running_requests
         producer = Producer(
             buffer=DataBuffer(
                 groups_per_step=run.rollout.prompts_per_step,
@@ -85,7 +82,7 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             seed=run.seed,
             rollouts=run_dir.rollouts,
             # Twice what the engines compute at a time: their queues never run dry.
-            max_running_groups=2 * max(1, len(urls) * engine.max_running_requests // per_group),
+            max_running_groups=2 * max(1, capacity // per_group),
         )
         evaluator = Evaluator(
             data=run.data, seed=run.seed, generator=generator, results=run_dir.eval
@@ -94,6 +91,18 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             yield Parts(run=run, run_dir=run_dir, producer=producer, evaluator=evaluator)
         finally:
             await producer.close()
+
+
+async def _generation_urls(run_dir: RunDir, engine: EngineConfig) -> list[str]:
+    """Where generation calls go: every engine, or the router before them."""
+    if not engine.router and engine.urls:
+        return engine.urls
+    engines = [f"engine_{k}" for k in range(engine.num_engines)]
+    # Not in a thread: one that waits would be waited for when we are told to end.
+    return [
+        await run_dir.wait_address_async(role, engine.start_timeout_s)
+        for role in (["router"] if engine.router else engines)
+    ]
 
 
 async def serve(parts: Parts, stop: asyncio.Event) -> None:

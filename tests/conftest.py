@@ -18,6 +18,7 @@ SERVER_FILES = {
     "tests/e2e/test_run.py",
     "tests/megatron_bridge/test_checksum.py",
     "tests/rollout/test_engine.py",
+    "tests/rollout/test_router.py",
 }
 """Those with a test that asks for `engine`."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from framework.launch.prepare import Stages
-from framework.launch.roles import engine_roles, rollout_role, trainer_role
+from framework.launch.roles import engine_roles, rollout_role, router_role, trainer_role
 from framework.launch.supervisor import Supervisor
 from rollout.run_dir import RunDir
 
@@ -24,7 +24,7 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
     main, warm_start = stages.main, stages.warm_start
     with Supervisor(main.cluster.stop_timeout_s) as supervisor:
         last = None
-        for role in (*engine_roles(main), rollout_role(main)):
+        for role in (*engine_roles(main), router_role(main), rollout_role(main)):
             if role is not None:
                 supervisor.start(role)
                 last = role

@@ -8,8 +8,10 @@ from framework.launch.roles import (
     engine_command,
     needs_engines,
     needs_rollout,
+    needs_router,
     needs_trainer,
     rollout_command,
+    router_command,
     trainer_command,
 )
 
@@ -23,6 +25,8 @@ def command_lines(stages: Stages) -> list[str]:
         count = main.rollout.engine.num_engines
         lines.append("# engines, each in a terminal of its own")
         lines += [shlex.join(engine_command(main.run_dir, index)) for index in range(count)]
+    if needs_router(main):
+        lines += ["# the router before them", shlex.join(router_command(main.run_dir))]
     if needs_rollout(main):
         lines += ["# the rollout process", shlex.join(rollout_command(main.run_dir))]
     if needs_trainer(main):

@@ -19,7 +19,7 @@ class Role:
     """One process of a run, with whatever it starts itself."""
 
     name: str
-    """engine_0, rollout, trainer; also the name of its log."""
+    """engine_0, router, rollout, trainer; also the name of its log."""
     command: list[str]
     log: Path
     env: dict[str, str] = field(default_factory=dict)
@@ -31,6 +31,11 @@ class Role:
 def engine_command(run_dir: str | Path, index: int | str) -> list[str]:
     """One SGLang engine; it writes its address to the run directory."""
     return ["drivetrain-engine", "--run-dir", str(run_dir), "--index", str(index)]
+
+
+def router_command(run_dir: str | Path) -> list[str]:
+    """sglang-router before the engines."""
+    return ["drivetrain-router", "--run-dir", str(run_dir)]
 
 
 def rollout_command(run_dir: str | Path) -> list[str]:
@@ -55,6 +60,11 @@ def trainer_command(run_dir: str | Path, num_processes: int, rendezvous: list[st
 def needs_engines(config: RunConfig) -> bool:
     """Whether this run generates (and nobody else runs its engines)."""
     return needs_rollout(config) and not config.rollout.engine.urls
+
+
+def needs_router(config: RunConfig) -> bool:
+    """Whether this run puts a router before its engines, whoever runs those."""
+    return needs_rollout(config) and config.rollout.engine.router
 
 
 def needs_rollout(config: RunConfig) -> bool:
@@ -100,6 +110,19 @@ def engine_roles(config: RunConfig) -> list[Role]:
             )
         )
     return roles
+
+
+def router_role(config: RunConfig) -> Role | None:
+    """The router on this machine; None where the run has none."""
+    if not needs_router(config):
+        return None
+    run_dir = Path(config.run_dir)
+    return Role(
+        name="router",
+        command=_resolved(router_command(run_dir)),
+        env=_device_env(config, []),
+        log=run_dir / "logs" / "router.log",
+    )
 
 
 def rollout_role(config: RunConfig) -> Role | None:

@@ -15,8 +15,10 @@ from framework.launch.roles import (
     engine_command,
     needs_engines,
     needs_rollout,
+    needs_router,
     needs_trainer,
     rollout_command,
+    router_command,
     trainer_command,
 )
 from rollout.run_dir import RunDir, write_atomic
@@ -95,6 +97,7 @@ def _values(stages: Stages) -> dict[str, Any]:
         "setup": cluster.setup or _this_environment(),
         "stop_timeout_s": max(1, round(cluster.stop_timeout_s)),
         "engines": _engines(main, use_gpus, per_node),
+        "router": shlex.join(router_command(main.run_dir)) if needs_router(main) else "",
         "warm_start": _trainer(stages.warm_start) if stages.warm_start else "",
         "rollout": shlex.join(rollout_command(main.run_dir)) if needs_rollout(main) else "",
         "trainer": _trainer(main) if needs_trainer(main) else "",

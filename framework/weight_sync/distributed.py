@@ -11,7 +11,7 @@ from framework.weight_sync.engines import Engines
 from framework.weight_sync.groups import join_update_group, open_store
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import export_buckets
-from rollout.server.engine import public_host
+from rollout.server.server_process import public_host
 
 
 class DistributedPush:

@@ -13,7 +13,7 @@ from framework.compose import compose_config, load_run_config
 from framework.config import RunConfig
 from framework.launch import local
 from framework.launch.prepare import resolve_stages
-from framework.launch.roles import Role, engine_roles, rollout_role, trainer_role
+from framework.launch.roles import Role, engine_roles, rollout_role, router_role, trainer_role
 from framework.main import main
 from framework.model_shape import read_model_shape
 from framework.plan import rank_table, stage_parameters
@@ -142,17 +142,26 @@ def test_manual_launch_writes_the_run_and_prints_every_role(
     ("overrides", "roles"),
     [
         (["rollout.engine.num_engines=2"], ["engine_0", "engine_1", "rollout", "trainer"]),
-        (["stage=sft"], ["trainer"]),
+        (
+            ["rollout.engine.num_engines=2", "rollout.engine.router=true"],
+            ["engine_0", "engine_1", "router", "rollout", "trainer"],
+        ),
+        (["stage=sft", "rollout.engine.router=true"], ["trainer"]),
         (["mode=train_only"], ["trainer"]),
         (["mode=rollout_only"], ["engine_0", "rollout"]),
         (["mode=eval"], ["engine_0", "rollout"]),
         (["rollout.engine.urls=[http://a:1]"], ["rollout", "trainer"]),
+        (
+            ["rollout.engine.urls=[http://a:1]", "rollout.engine.router=true"],
+            ["router", "rollout", "trainer"],
+        ),
         (["rollout.address=http://a:1"], ["trainer"]),
     ],
 )
 def test_each_mode_starts_the_roles_it_needs(overrides: list[str], roles: list[str]) -> None:
     config = resolve_stages(compose_config(overrides)).main
-    started = [*engine_roles(config), rollout_role(config), trainer_role(config)]
+    others = [router_role(config), rollout_role(config), trainer_role(config)]
+    started = [*engine_roles(config), *others]
     assert [role.name for role in started if role is not None] == roles
 
 

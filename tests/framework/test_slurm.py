@@ -29,6 +29,7 @@ CASES = {
         "cluster.engine_nodes=1",
         "rollout.engine.num_engines=4",
         "rollout.engine.tp=2",
+        "rollout.engine.router=true",
         "cluster.partition=gpu",
         "cluster.account=lab",
         "cluster.extra_sbatch=['--exclusive']",

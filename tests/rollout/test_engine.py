@@ -21,7 +21,8 @@ from rollout.journal import list_steps, read_step
 from rollout.main import main
 from rollout.run_dir import RunDir
 from rollout.server.arguments import check_names, command_line, server_fields
-from rollout.server.engine import EngineError, EngineProcess
+from rollout.server.engine import EngineProcess
+from rollout.server.server_process import ServerError
 from tests.conftest import API_KEY
 
 
@@ -217,7 +218,7 @@ def test_a_server_that_does_not_come_up(tiny_model_dir, tmp_path, monkeypatch, e
         log_path=tmp_path / "log",
     )
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    with pytest.raises(EngineError, match=reason) as error:
+    with pytest.raises(ServerError, match=reason) as error:
         process.start()
     assert "a server that says" in str(error.value)
     deadline = time.monotonic() + 5
@@ -234,14 +235,14 @@ def test_a_foreign_server_on_the_port_is_not_taken_for_ours(
     (tmp_path / "stand_in.py").write_text(STAND_IN.replace("{end}", ""))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("rollout.server.engine._LAUNCH", "stand_in")
-    monkeypatch.setattr("rollout.server.engine.free_port", lambda host: engine.port)
+    monkeypatch.setattr("rollout.server.server_process.free_port", lambda host: engine.port)
     process = EngineProcess(
         config=EngineConfig(device="cpu", start_timeout_s=1.0),
         model_path=str(tiny_model_dir),
         api_key="",
         log_path=tmp_path / "log",
     )
-    with pytest.raises(EngineError, match=r"within 1 s"):
+    with pytest.raises(ServerError, match=r"within 1 s"):
         process.start()
 
 

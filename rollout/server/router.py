@@ -1,0 +1,126 @@
+"""sglang-router before the engines of a run, as a process of ours.
+
+`drivetrain-router --run-dir RUN` waits for every engine's address, starts the router before them,
+writes its own address to the run directory, its log to logs/router.log, and ends on SIGTERM or
+SIGINT. It carries generation only: pauses, weights and checksums go to each engine itself (the
+router knows none of those paths).
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from rollout.config import EngineConfig, load_rollout_run
+from rollout.process import follow_launcher
+from rollout.run_dir import RunDir
+from rollout.server.launch_router import API_KEY
+from rollout.server.server_process import (
+    ServerError,
+    ServerProcess,
+    end_on_signals,
+    free_port,
+)
+
+_LAUNCH = "rollout.server.launch_router"
+_HEALTH_INTERVAL_S = 2
+_HEALTH_FAILURES = 2
+"""An engine that is lost gets no further requests after interval * failures."""
+
+
+class RouterProcess(ServerProcess):
+    """A running router. Use as a context manager, or call stop()."""
+
+    ready_path = "/readiness"
+
+    def __init__(
+        self, *, config: EngineConfig, engine_urls: list[str], api_key: str, log_path: Path
+    ) -> None:
+        super().__init__(
+            name="router",
+            host=config.host,
+            start_timeout_s=config.start_timeout_s,
+            log_path=log_path,
+        )
+        self.config = config
+        self.engine_urls = engine_urls
+        self.api_key = api_key
+
+    def command(self, port: int) -> list[str]:
+        """Our launch module with the router's arguments."""
+        return [sys.executable, "-m", _LAUNCH, json.dumps(self.arguments(port))]
+
+    def environment(self) -> dict[str, str]:
+        """The key as well: a command line can be read by every user of the machine."""
+        return super().environment() | {API_KEY: self.api_key}
+
+    def is_ready(self, body: bytes) -> bool:
+        """The router answers before it has met the engines: wait until it has met all of them."""
+        return json.loads(body)["healthy_workers"] == len(self.engine_urls)
+
+    def arguments(self, port: int) -> dict[str, Any]:
+        """Every argument of this router by its RouterArgs field name."""
+        return {
+            "worker_urls": self.engine_urls,
+            "host": self.config.host,
+            "port": port,
+            "policy": self.config.router_policy,
+            "request_timeout_secs": math.ceil(self.config.request_timeout_s),
+            "retry_max_retries": max(1, self.config.max_retries),
+            # /health samples a token, which a paused engine does not.
+            "health_check_endpoint": "/ready",
+            "health_check_interval_secs": _HEALTH_INTERVAL_S,
+            "health_failure_threshold": _HEALTH_FAILURES,
+            "health_success_threshold": 1,
+            # It cannot be turned off, and its default is one fixed port.
+            "prometheus_host": "127.0.0.1",
+            "prometheus_port": free_port("127.0.0.1"),
+            "log_level": "warn",
+        }
+
+
+def serve(run_dir: RunDir) -> None:
+    """Run the router of a run until it ends by itself: ServerError."""
+    engine = load_rollout_run(run_dir.config).rollout.engine
+    urls = engine.urls or [
+        run_dir.wait_address(f"engine_{k}", engine.start_timeout_s)
+        for k in range(engine.num_engines)
+    ]
+    router = RouterProcess(
+        config=engine,
+        engine_urls=urls,
+        api_key=engine.api_key or run_dir.token(),
+        log_path=run_dir.log("router"),
+    )
+    with router:
+        run_dir.write_address("router", router.url)
+        print(f"router: {', '.join(urls)} behind {router.url}", flush=True)
+        try:
+            status = router.wait()
+        finally:
+            run_dir.remove_address("router")
+        raise ServerError(f"router ended with status {status}; {router.tail()}")
+
+
+def main() -> None:
+    """`drivetrain-router`: exit 0 when told to end, 1 when the router failed, 2 when refused."""
+    parser = argparse.ArgumentParser(prog="drivetrain-router", description=__doc__)
+    parser.add_argument("--run-dir", required=True)
+    arguments = parser.parse_args()
+    follow_launcher()
+    end_on_signals()
+    run_dir = RunDir(arguments.run_dir)
+    try:
+        with run_dir.hold("router"):
+            serve(run_dir)
+    except (ServerError, TimeoutError) as error:
+        sys.exit(f"drivetrain-router: {error}")
+    except ValueError as error:
+        print(f"drivetrain-router: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
