@@ -37,6 +37,7 @@ def check_config(config: RunConfig) -> list[str]:
     errors += _asynchrony(config)
     errors += _batch(config)
     errors += _waits(config)
+    errors += _router(config)
     try:
         shape = read_model_shape(config.model)
     except ValueError as error:
@@ -158,6 +159,16 @@ def _waits(config: RunConfig) -> Iterator[str]:
                 f"parallel.timeout_s={parallel.timeout_s:g}: trainers that wait for rank 0 would "
                 f"give up before it does; at least {key}={seconds:g}"
             )
+
+
+def _router(config: RunConfig) -> Iterator[str]:
+    engine = config.rollout.engine
+    if engine.router and engine.router_policy == "power_of_two" and engine.num_engines < 2:
+        yield (
+            f"rollout.engine.router_policy={engine.router_policy}: sglang-router wants two engines "
+            f"for it, rollout.engine.num_engines={engine.num_engines}; use round_robin, or "
+            "rollout.engine.router=false"
+        )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

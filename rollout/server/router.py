@@ -25,8 +25,8 @@ from rollout.server.server_process import (
 )
 
 _LAUNCH = "rollout.server.launch_router"
-_HEALTH_INTERVAL_S = 2
-_HEALTH_FAILURES = 2
+HEALTH_INTERVAL_S = 2
+HEALTH_FAILURES = 2
 """An engine that is lost gets no further requests after interval * failures."""
 
 
@@ -69,10 +69,11 @@ class RouterProcess(ServerProcess):
             "policy": self.config.router_policy,
             "request_timeout_secs": math.ceil(self.config.request_timeout_s),
             "retry_max_retries": max(1, self.config.max_retries),
-            # /health samples a token, which a paused engine does not.
-            "health_check_endpoint": "/ready",
-            "health_check_interval_secs": _HEALTH_INTERVAL_S,
-            "health_failure_threshold": _HEALTH_FAILURES,
+            # Not /ready nor /health: an engine that is paused for new weights fails both, would
+            # count as lost, and the calls right after the push would find no engine.
+            "health_check_endpoint": "/model_info",
+            "health_check_interval_secs": HEALTH_INTERVAL_S,
+            "health_failure_threshold": HEALTH_FAILURES,
             "health_success_threshold": 1,
             # It cannot be turned off, and its default is one fixed port.
             "prometheus_host": "127.0.0.1",

@@ -50,6 +50,11 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
         ["rollout.address=http://h:1", "rollout.engine.urls"],
     ),
     (
+        "a router that has nothing to choose from",
+        ["rollout.engine.router=true"],
+        ["rollout.engine.router_policy=power_of_two", "rollout.engine.num_engines=1"],
+    ),
+    (
         "a wait longer than the other ranks'",
         ["parallel.dp=2", "rollout.batch_timeout_s=900"],
         ["parallel.timeout_s=600", "rollout.batch_timeout_s=900"],

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,7 +19,7 @@ from rollout.client import EngineClient, EngineFailure, Generation
 from rollout.config import EngineConfig, SamplingConfig
 from rollout.run_dir import RunDir
 from rollout.server.engine import EngineProcess
-from rollout.server.router import RouterProcess
+from rollout.server.router import HEALTH_FAILURES, HEALTH_INTERVAL_S, RouterProcess
 from rollout.server.server_process import free_port
 from tests.conftest import API_KEY
 
@@ -47,6 +49,7 @@ def router(engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> I
     run_dir = RunDir(tmp_path_factory.mktemp("router"))
     run_dir.create()
     engine_section = {"urls": [engine.url], "api_key": API_KEY, "router": True}
+    engine_section["router_policy"] = "round_robin"  # there is one engine only
     config = {
         **{"mode": "train", "seed": 0, "num_steps": 1, "data": {}},
         "model": {"hf_path": "", "init_from": ""},
@@ -100,6 +103,17 @@ def test_the_router_asks_for_the_key_and_knows_nothing_of_weights(router: RunDir
     for pid in _processes_of(router.path):
         assert API_KEY not in " ".join(psutil.Process(pid).cmdline())
     assert router.log("router").stat().st_mode & 0o077 == 0
+
+
+def test_an_engine_that_was_paused_for_long_is_not_lost(engine: EngineProcess, router: RunDir):
+    """A push may take longer than the router's patience with an engine that does not answer."""
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    client = httpx.Client(base_url=engine.url, headers=headers, trust_env=False)
+    assert client.post("/pause_generation", json={"mode": "retract"}).status_code == 200
+    time.sleep(HEALTH_INTERVAL_S * (HEALTH_FAILURES + 0.5))
+    assert client.get("/ready").status_code == 503  # what the router must not go by
+    assert client.post("/continue_generation", json={}).status_code == 200
+    assert len(generate(str(router.read_address("router")), replace(CONFIG, max_retries=0))) == 6
 
 
 def test_a_lost_router_ends_generation_with_its_address_soon():
