@@ -17,6 +17,7 @@ import yaml
 
 from rollout.client import EngineClient, EngineFailure, Generation
 from rollout.config import EngineConfig, SamplingConfig
+from rollout.process import LAUNCHER_PID
 from rollout.run_dir import RunDir
 from rollout.server.engine import EngineProcess
 from rollout.server.router import HEALTH_FAILURES, HEALTH_INTERVAL_S, RouterProcess
@@ -57,7 +58,8 @@ def router(engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> I
     }
     run_dir.config.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "rollout.server.router", "--run-dir", str(run_dir.path)]
-    process = subprocess.Popen(command, start_new_session=True)
+    env = os.environ | {LAUNCHER_PID: str(os.getpid())}  # it ends with the tests, however they end
+    process = subprocess.Popen(command, start_new_session=True, env=env)
     try:
         run_dir.wait_address("router", timeout_s=60)
         yield run_dir
