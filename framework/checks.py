@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from framework.algorithm_checks import algorithm_errors
 from framework.cluster_checks import cluster_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
@@ -34,6 +35,7 @@ def check_config(config: RunConfig) -> list[str]:
         return errors  # the checks below divide by these numbers
     errors += _mode_and_stage(config)
     errors += _sampling(config)
+    errors += algorithm_errors(config)
     errors += _asynchrony(config)
     errors += _batch(config)
     errors += _waits(config)
@@ -109,11 +111,6 @@ def _sampling(config: RunConfig) -> Iterator[str]:
         yield (
             f"rollout.sampling.top_k={sampling.top_k}: truncated sampling biases the policy ratio; "
             "must be -1 for training"
-        )
-    if config.algorithm.advantage == "group_normalized" and config.rollout.samples_per_prompt < 2:
-        yield (
-            f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: "
-            "algorithm.advantage=group_normalized compares samples of a prompt; at least 2"
         )
 
 

@@ -84,15 +84,21 @@ class AlgorithmConfig:
 
     name: str = "grpo"
     advantage: str = "group_normalized"
-    """A row of framework.algorithm.advantages.ADVANTAGES."""
+    """A row of framework.algorithm.advantages.ADVANTAGES, or a module of yours: package.module."""
+    advantage_args: dict[str, Any] = field(default_factory=dict)
+    """Its knobs: the fields of its Config."""
     loss: str = "ppo_clip"
-    """A row of framework.algorithm.losses.LOSSES."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    std_eps: float = 1e-6
-    """Added to a group's standard deviation before the division."""
+    """A row of framework.algorithm.losses.LOSSES, or a module of yours: package.module."""
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    """Its knobs: the fields of its Config."""
+    correction: str = "none"
+    """Of trainer against engine policy: a row of framework.algorithm.corrections.CORRECTIONS."""
+    correction_args: dict[str, Any] = field(default_factory=dict)
+    """Its knobs: the fields of its Config."""
+    entropy_coef: float = 0.0
+    """Entropy bonus: this times the policy's entropy is subtracted from each token's loss."""
     aggregation: str = "token_mean"
-    """token_mean | sequence_mean | sequence_sum: over the whole global batch."""
+    """token_mean | sequence_mean | sequence_sum | sequence_sum_over_length: of the global batch."""
     updates_per_step: int = 1
     """Optimizer steps on one batch of rollouts."""
     recompute_old_logprobs: bool = False

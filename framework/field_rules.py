@@ -15,7 +15,12 @@ CHOICES = {
     "rollout.engine.dtype": ("float32", "bfloat16"),
     "rollout.engine.device": ("auto", "cpu", "cuda"),
     "rollout.engine.router_policy": ("power_of_two", "round_robin", "random", "cache_aware"),
-    "algorithm.aggregation": ("token_mean", "sequence_mean", "sequence_sum"),
+    "algorithm.aggregation": (
+        "token_mean",
+        "sequence_mean",
+        "sequence_sum",
+        "sequence_sum_over_length",
+    ),
     "batch.overlong": ("refuse", "truncate"),
     "weight_sync.pause_mode": ("retract", "in_place"),
     "cluster.launcher": ("local", "slurm", "manual"),
@@ -29,7 +34,6 @@ POSITIVE = (
     "model.tiny.num_kv_heads",
     "model.tiny.ffn_size",
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "timeout_s")),
-    "algorithm.std_eps",
     "algorithm.updates_per_step",
     "optimizer.lr",
     "optimizer.eps",
@@ -67,8 +71,7 @@ NOT_NEGATIVE = (
     "parallel.first_stage_layers",
     "parallel.last_stage_layers",
     "model.tiny.init_seed",
-    "algorithm.clip_low",
-    "algorithm.clip_high",
+    "algorithm.entropy_coef",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "rollout.max_staleness_steps",
@@ -84,10 +87,8 @@ NOT_NEGATIVE = (
     "checkpoint.keep_every_steps",
     "cluster.engine_nodes",
 )
-FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2", "algorithm.clip_low")
+FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2")
 TABLES = {
-    "algorithm.advantage": ("framework", "algorithm/advantages.py", "ADVANTAGES"),
-    "algorithm.loss": ("framework", "algorithm/losses.py", "LOSSES"),
     "weight_sync.transport": ("framework", "weight_sync/__init__.py", "TRANSPORTS"),
     "data.task": ("rollout", "environments/__init__.py", "ENVIRONMENTS"),
     "data.reward": ("rollout", "rewards/__init__.py", "REWARDS"),

@@ -46,6 +46,13 @@ def megatron_config_fields() -> dict[str, str]:
 
 
 @functools.cache
+def row_knobs(folder: str, row: str) -> dict[str, str]:
+    """Knob -> type text of the Config in framework/algorithm/<folder>/<row>.py."""
+    path = _package_dir("framework") / "algorithm" / folder / f"{row}.py"
+    return _annotated_fields(path, {"Config"})
+
+
+@functools.cache
 def table_keys(package: str, module: str, table: str) -> tuple[str, ...]:
     """Keys of one of our literal tables, e.g. ("rollout", "environments/__init__.py", ...).
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from framework.algorithm.advantages import ADVANTAGES, AdvantageConfig, AdvantageInputs
-from framework.algorithm.losses import LOSSES, LossConfig, token_weights
 from framework.batching import UpdatePlan, plan_step
 from framework.config import RunConfig
 from framework.flops import training_flops
@@ -18,6 +16,7 @@ from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
 from framework.megatron.step import StepRunner, largest
 from framework.metrics import MetricsLogger
+from framework.objective import build_objective, effective_sample_fraction
 from framework.overlong import recount, shorten_batch, shorten_sample
 from framework.throughput import step_figures, this_device_peak_flops
 from framework.weight_sync import WeightSync
@@ -48,11 +47,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         sft = self.config.stage == "sft"
-        algorithm = self.config.algorithm
-        self.num_updates = 1 if sft else algorithm.updates_per_step
-        self.aggregation = "token_mean" if sft else algorithm.aggregation
-        self.loss = LOSSES["negative_log_likelihood" if sft else algorithm.loss]
-        self.loss_config = LossConfig(clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+        self.num_updates = 1 if sft else self.config.algorithm.updates_per_step
+        self.objective = build_objective(self.config)
         temperature = 1.0 if sft else self.config.rollout.sampling.temperature
         self.runner = StepRunner(self.policy, self.mesh, temperature)
         cp = self.mesh.layout.cp
@@ -99,7 +95,7 @@ class Trainer:
         plans = self.plan(batch)
         samples = self.fetch(batch, plans, shortened=lost)
         batch = recount(batch, lost, samples)
-        advantages = self.advantages(batch)
+        advantages = self.objective.advantages(batch)
         updates = [self.pack(plan, batch, samples, advantages) for plan in plans]
         # Where a run begins or goes on; samples of older versions would differ by right.
         begins = batch.step == self.start_step and self.config.stage == "rl"
@@ -115,7 +111,7 @@ class Trainer:
         figures: list[dict[str, float]] = []
         for i, microbatches in enumerate(updates):
             lr = self.learning_rate(batch.step * len(updates) + i)
-            figures.append(self.runner.update(microbatches, self.loss, self.loss_config, lr))
+            figures.append(self.runner.update(microbatches, self.objective, lr))
         metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
         metrics["train/tokens"] *= len(figures)  # each token is in one update
         if self.config.batch.overlong == "truncate":
@@ -129,6 +125,7 @@ class Trainer:
             metrics[key] = figures[0][key]
         return {
             **metrics,
+            **effective_sample_fraction(metrics),
             "train/lr": lr,
             "train/num_microbatches": sum(plan.num_microbatches for plan in plans),
         }
@@ -164,28 +161,6 @@ class Trainer:
             samples[i] = shorten_sample(samples[i], batch.samples[i].response_length)
         return samples
 
-    def advantages(self, batch: StepBatch) -> list[torch.Tensor]:
-        """[R] for every sample of the batch, from metadata alone."""
-        infos = batch.samples
-        if self.config.stage == "sft":
-            return [torch.ones(1).expand(info.response_length) for info in infos]
-        # A failed sample has no token to train and no reward to compare the others with.
-        counted = [i for i, info in enumerate(infos) if info.num_loss_tokens]
-        found = [torch.zeros(1).expand(info.response_length) for info in infos]
-        if not counted:
-            return found
-        inputs = AdvantageInputs(
-            rewards=torch.tensor([infos[i].reward for i in counted]),
-            group_ids=torch.tensor([infos[i].group_id for i in counted]),
-            response_lengths=[infos[i].response_length for i in counted],
-        )
-        algorithm = self.config.algorithm
-        estimate = ADVANTAGES[algorithm.advantage]
-        values = estimate(inputs, AdvantageConfig(std_eps=algorithm.std_eps))
-        for i, advantage in zip(counted, values, strict=True):
-            found[i] = advantage
-        return found
-
     def pack(
         self,
         plan: UpdatePlan,
@@ -199,16 +174,8 @@ class Trainer:
             for dp in range(self.mesh.layout.dp)
             for i in plan.samples_of(dp)
         }
-        totals = {
-            "global_tokens": sum(counts.values()),
-            "global_sequences": sum(1 for count in counts.values() if count),
-        }
+        weights = self.objective.weights(counts)
         mine = plan.microbatches[self.mesh.coords.dp]
-        weights = {
-            i: token_weights(self.aggregation, num_loss_tokens=counts[i], **totals)
-            for indices in mine
-            for i in indices
-        }
         by_index = dict(enumerate(advantages))
         parallel = self.config.parallel
         return [

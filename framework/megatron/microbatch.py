@@ -28,6 +28,10 @@ class Microbatch:
     """[T] int64: the next token of the same sequence; 0 where there is none."""
     position_ids: torch.Tensor
     """[T] int64, from 0 in each sequence."""
+    sequence_ids: torch.Tensor
+    """[T] int64: which sequence of the micro-batch, padding's own included."""
+    num_sequences: int
+    """The same on every context-parallel rank."""
     loss_mask: torch.Tensor
     """[T] float32: 1 where the label was written by the policy."""
     weights: torch.Tensor
@@ -84,6 +88,7 @@ def pack_microbatch(
     starts = torch.tensor(cu_seqlens, dtype=torch.int32)
     sizes = starts.diff()
     packed["position_ids"] = torch.arange(cu_seqlens[-1]) - starts[:-1].repeat_interleave(sizes)
+    packed["sequence_ids"] = torch.arange(len(sizes)).repeat_interleave(sizes)
     if cp > 1:
         mine = torch.tensor(zigzag_positions(cu_seqlens, cp, mesh.coords.cp))
         packed = {name: values[mine] for name, values in packed.items()}
@@ -91,6 +96,7 @@ def pack_microbatch(
     starts = starts.to(mesh.device)
     return Microbatch(
         samples=list(indices),
+        num_sequences=len(sizes),
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=starts,

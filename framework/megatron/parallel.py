@@ -38,6 +38,12 @@ class Mesh:
         """Ranks that hold the other slices of this rank's tensors."""
         return parallel_state.get_tensor_model_parallel_group()
 
+    def sum_over_cp(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed, in place, over the ranks that hold the other parts of its sequences."""
+        if self.layout.cp > 1:
+            dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
+        return values
+
 
 def start_mesh(config: ParallelConfig, seed: int) -> Mesh:
     """Join the process group that torchrun's environment describes and build megatron's groups.

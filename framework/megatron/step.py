@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from framework.algorithm.losses import Loss, LossConfig, LossInputs
+from framework.algorithm.inputs import LossInputs, LossOutput, Sequences
 from framework.megatron.logprobs import LogprobContext, logprob_output_processor
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.model import Policy
@@ -80,9 +80,12 @@ class StepRunner:
             batch.old_logprobs = output["logprobs"]
 
     def update(
-        self, microbatches: list[Microbatch], loss: Loss, config: LossConfig, lr: float
+        self,
+        microbatches: list[Microbatch],
+        objective: Callable[[LossInputs], LossOutput],
+        lr: float,
     ) -> dict[str, float]:
-        """One optimizer step.
+        """One optimizer step down the objective, [T] per token, weighted as the micro-batches say.
 
         Where a micro-batch has no old_logprobs the policy's own stand in: exact for the first
         update on a batch, before which the policy is the old policy.
@@ -98,15 +101,21 @@ class StepRunner:
         def evaluate(batch: Microbatch, output: torch.Tensor) -> Any:
             logprobs, entropy = output
             old = batch.old_logprobs if batch.old_logprobs is not None else logprobs.detach()
-            result = loss(
+            result = objective(
                 LossInputs(
                     policy_logprobs=logprobs,
                     old_logprobs=old,
+                    rollout_logprobs=batch.rollout_logprobs,
                     advantages=batch.advantages,
                     loss_mask=batch.loss_mask,
                     entropy=entropy,
-                ),
-                config,
+                    sequences=Sequences(
+                        ids=batch.sequence_ids,
+                        count=batch.num_sequences,
+                        mask=batch.loss_mask,
+                        add_up=self.mesh.sum_over_cp,
+                    ),
+                )
             )
             total = (result.loss * batch.weights).sum()
             figures = _figures(batch, total, logprobs, entropy, result.metrics)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch._dynamo  # every optimizer imports it, for seconds: once here and not in each rank
 import torch.distributed as dist
-from layouts import MODELS, Case
+from layouts import MODELS, OBJECTIVES, Case
 from safetensors.torch import load_file, save_file
 
 from framework.config import (
@@ -55,19 +55,23 @@ CASE_TIMEOUT_S = 120.0
 def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     """Train one rank for each model, then every case; a row of figures for each, by world size."""
     write_journal(root / "rollouts")
-    models = dict.fromkeys(case.model for case in cases)
-    for model in models:
+    for model in dict.fromkeys(case.model for case in cases):
         create_model(model, root / "models" / model)
-    run_group(root, [Case(model) for model in models])
+    run_group(root, list({each.name: each for each in map(one_rank, cases)}.values()))
     for world in sorted({case.world_size for case in cases}):
         group = [case for case in cases if case.world_size == world]
         run_group(root, group)
         yield from (compare(root, case) for case in group)
 
 
+def one_rank(case: Case) -> Case:
+    """What a case is measured against."""
+    return Case(case.model, objective=case.objective)
+
+
 def compare(root: Path, case: Case) -> dict[str, Any]:
     """How far a case ended from one rank: relative for figures, absolute for weights."""
-    reference = Case(case.model)
+    reference = one_rank(case)
     found, wanted = (_results(root, each) for each in (case, reference))
     weights, expected, start = (
         load_file(path)
@@ -216,7 +220,7 @@ def train(root: Path, rank: int, case: Case) -> None:
         num_steps=NUM_STEPS,
         model=ModelConfig(hf_path=str(hf_dir)),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
-        algorithm=AlgorithmConfig(updates_per_step=UPDATES_PER_STEP),
+        algorithm=AlgorithmConfig(updates_per_step=UPDATES_PER_STEP, **OBJECTIVES[case.objective]),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
         batch=BatchConfig(max_tokens_per_microbatch=96),
         gate=GateConfig(enabled=False),

@@ -38,6 +38,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe_mixed": {**MOE, "tie_word_embeddings": True, "mlp_only_layers": [1]},
 }
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    # What is defined on whole sequences, which context parallelism cuts, comes first. Where every
+    # sequence weighs alike, group-centred advantages would give a loss of nearly 0, and an error
+    # relative to it would mean nothing.
+    "gspo": {"loss": "gspo", "advantage": "batch_normalized", "aggregation": "sequence_mean"},
+    "gmpo": {"loss": "gmpo", "advantage": "batch_normalized", "aggregation": "sequence_mean"},
+    "sequence_tis": {
+        "correction": "sequence",
+        "correction_args": {"high": 1e-4},  # the journal is far from the policy
+        "aggregation": "sequence_sum_over_length",
+    },
+    "geometric": {"correction": "geometric", "correction_args": {"low": 0.15, "high": 2.0}},
+    "sapo": {"loss": "sapo", "advantage": "group_centered", "aggregation": "sequence_sum"},
+    "cispo": {"loss": "cispo", "advantage": "group_centered", "entropy_coef": 0.01},
+    "tis": {"correction": "token", "advantage": "leave_one_out", "loss_args": {"dual_clip": 3.0}},
+}
+"""Fields of `algorithm`."""
+
 SHORT = {
     "sequence_parallel": "sp",
     "distributed_optimizer": "distopt",
@@ -57,11 +76,13 @@ class Case:
     """Run for every change; the others at night."""
     planted: bool = False
     """With the mistake that `PLANTED` describes."""
+    objective: str = "grpo"
+    """A row of OBJECTIVES."""
 
     @property
     def name(self) -> str:
         """`qwen3 tp2 sp`; one rank: `qwen3`."""
-        parts = [self.model]
+        parts = [self.model] if self.objective == "grpo" else [self.model, self.objective]
         for key, value in self.parallel.items():
             parts.append(SHORT.get(key, key) + ("" if value is True else str(value)))
         return " ".join([*parts, *["planted"] * self.planted])
@@ -75,8 +96,8 @@ class Case:
         return size
 
 
-def _case(model: str, *flags: str, ci: bool = False, **sizes: int) -> Case:
-    return Case(model, {**sizes, **dict.fromkeys(flags, True)}, ci)
+def _case(model: str, *flags: str, ci: bool = False, objective: str = "grpo", **sizes: int) -> Case:
+    return Case(model, {**sizes, **dict.fromkeys(flags, True)}, ci, objective=objective)
 
 
 SP, OPT, OVERLAP = "sequence_parallel", "distributed_optimizer", "overlap"
@@ -120,6 +141,13 @@ CASES = [
     _case("moe", SP, tp=2, pp=2, dp=2, ep=2, etp=2),
     _case("moe", SP, OPT, tp=2, cp=2, dp=2, ep=4, etp=2),
     _case("moe_mixed", SP, OPT, OVERLAP, tp=2, pp=2, vpp=2, cp=2, ep=4),
+    _case("qwen3", cp=2, objective="gspo", ci=True),
+    *(
+        _case("qwen3", *flags, objective=objective, **sizes)
+        for objective in OBJECTIVES
+        if objective != "grpo"
+        for flags, sizes in (((SP,), {"tp": 2, "cp": 2}), ((OPT,), {"pp": 2, "dp": 2}))
+    ),
 ]
 
 PLANTED = Case("qwen3_tied", {"tp": 2, SP: True}, ci=True, planted=True)

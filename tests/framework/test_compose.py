@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from framework.algorithm.advantages import ADVANTAGES
+from framework.algorithm.losses import LOSSES
 from framework.checks import check_config
 from framework.compose import (
     ConfigError,
@@ -16,6 +18,9 @@ from framework.compose import (
 from framework.config import RunConfig
 from framework.config_fields import config_fields, nearest
 from framework.help_text import help_text
+from framework.objective import build_objective
+
+ALGORITHMS = Path(__file__).parents[2] / "hydra_configs" / "algorithm"
 
 
 def test_defaults_of_the_groups_are_those_of_the_dataclasses() -> None:
@@ -23,7 +28,6 @@ def test_defaults_of_the_groups_are_those_of_the_dataclasses() -> None:
     composed, plain = compose_config([]), RunConfig()
     for name in (
         "model",
-        "algorithm",
         "parallel",
         "optimizer",
         "weight_sync",
@@ -32,6 +36,19 @@ def test_defaults_of_the_groups_are_those_of_the_dataclasses() -> None:
     ):
         assert getattr(composed, name) == getattr(plain, name)
     assert composed.rollout == plain.rollout
+    knobs = {"advantage_args": {}, "loss_args": {}}
+    assert dataclasses.replace(composed.algorithm, **knobs) == plain.algorithm
+    for table, kind in ((ADVANTAGES, "advantage"), (LOSSES, "loss")):
+        row = table[getattr(plain.algorithm, kind)]
+        assert row.config(**getattr(composed.algorithm, f"{kind}_args")) == row.config()
+
+
+@pytest.mark.parametrize("path", sorted(ALGORITHMS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_algorithm_composes_and_is_accepted(path: Path) -> None:
+    config = compose_config([f"algorithm={path.stem}", "experiment=smoke"])
+    assert config.algorithm.name == path.stem
+    assert check_config(config) == []
+    assert build_objective(config).aggregation == config.algorithm.aggregation
 
 
 def test_groups_experiments_and_overrides_take_precedence_in_this_order() -> None:

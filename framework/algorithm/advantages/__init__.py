@@ -1,0 +1,24 @@
+"""Advantage estimators: rewards of a step in, one advantage per response token out. Pure.
+
+    advantages(inputs: AdvantageInputs, config: Config) -> list[Tensor]     N tensors, [R_i] each
+
+Every rank computes them alike from metadata that all ranks have. One file each: its `Config` of
+knobs and its `advantages`. Adding one is one file and one row here.
+"""
+
+from framework.algorithm.advantages import (
+    batch_normalized,
+    group_centered,
+    group_mean_batch_std,
+    group_normalized,
+    leave_one_out,
+)
+from framework.algorithm.rows import Row
+
+ADVANTAGES: dict[str, Row] = {
+    "group_normalized": Row(group_normalized.advantages, group_normalized.Config),
+    "group_centered": Row(group_centered.advantages, group_centered.Config),
+    "group_mean_batch_std": Row(group_mean_batch_std.advantages, group_mean_batch_std.Config),
+    "leave_one_out": Row(leave_one_out.advantages, leave_one_out.Config),
+    "batch_normalized": Row(batch_normalized.advantages, batch_normalized.Config),
+}

@@ -1,0 +1,95 @@
+"""What advantages, losses and corrections are given and return: plain tensors, torch alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageInputs:
+    """One step's samples, N of them, of any number per group; the same on every rank."""
+
+    rewards: torch.Tensor
+    """[N] float."""
+    group_ids: torch.Tensor
+    """[N] int64; samples of one prompt share an id, in any order and number."""
+    response_lengths: list[int]
+    """[N]; the length of each advantage returned."""
+    num_loss_tokens: list[int]
+    """[N]; how many of them the policy wrote, at least 1."""
+
+
+def _alone(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Which positions of a micro-batch belong to one sequence, for what is defined on whole ones.
+
+    Under context parallelism a rank holds a part of each sequence: every method adds the parts up,
+    so all ranks of the context-parallel group call the same methods in the same order.
+    """
+
+    ids: torch.Tensor
+    """[T] int64 in [0, count)."""
+    count: int
+    """Sequences in the micro-batch, padding included."""
+    mask: torch.Tensor
+    """[T] float32: 1 where the policy wrote the token."""
+    add_up: Callable[[torch.Tensor], torch.Tensor] = _alone
+    """Sum over the context-parallel ranks."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """[T]: at every position the sum over the policy's tokens of its sequence; detached."""
+        return self._sums(values * self.mask)[self.ids].to(values.dtype)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """[T]: the mean over the policy's tokens of its sequence (0 where there are none)."""
+        sums, counts = self._sums(torch.stack([values * self.mask, self.mask]))
+        return (sums / counts.clamp(min=1))[self.ids].to(values.dtype)
+
+    def _sums(self, values: torch.Tensor) -> torch.Tensor:
+        # In double precision, so that the sum hardly depends on how the sequence is cut.
+        values = values.detach().double()
+        empty = values.new_zeros((*values.shape[:-1], self.count))
+        return self.add_up(empty.index_add(-1, self.ids, values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """The tokens of one micro-batch; [T] float32 each, aligned to the token that is scored."""
+
+    policy_logprobs: torch.Tensor
+    """Carries the gradient."""
+    old_logprobs: torch.Tensor
+    """The policy's before this step's first update, computed by the trainer."""
+    rollout_logprobs: torch.Tensor
+    """The engine's, of the policy that sampled the token (at its version)."""
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+    """1 where the policy wrote the token; everything else is ignored by the caller."""
+    entropy: torch.Tensor
+    """Of the policy's distribution, in nats; carries the gradient."""
+    sequences: Sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """What a loss returns."""
+
+    loss: torch.Tensor
+    """[T] per token, unreduced."""
+    metrics: dict[str, torch.Tensor]
+    """[T] each, detached; logged as means over the policy's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionOutput:
+    """What a correction returns."""
+
+    weights: torch.Tensor
+    """[T] detached: the factor of each token's loss; the denominators stay as they are."""
+    metrics: dict[str, torch.Tensor]
+    """[T] each, detached; logged as means over the policy's tokens."""

@@ -1,0 +1,28 @@
+"""Losses: per token, unreduced, pure. One file each: its `Config` of knobs and its `loss`.
+
+    loss(inputs: LossInputs, config: Config) -> LossOutput
+
+r is the policy ratio exp(policy_logprobs - old_logprobs), A the advantage. The reduction is not
+theirs, see `framework.algorithm.aggregation`. Adding one is one file and one row here.
+"""
+
+from framework.algorithm.losses import (
+    cispo,
+    gmpo,
+    gspo,
+    negative_log_likelihood,
+    policy_gradient,
+    ppo_clip,
+    sapo,
+)
+from framework.algorithm.rows import Row
+
+LOSSES: dict[str, Row] = {
+    "ppo_clip": Row(ppo_clip.loss, ppo_clip.Config),
+    "policy_gradient": Row(policy_gradient.loss, policy_gradient.Config),
+    "gspo": Row(gspo.loss, gspo.Config),
+    "cispo": Row(cispo.loss, cispo.Config),
+    "sapo": Row(sapo.loss, sapo.Config),
+    "gmpo": Row(gmpo.loss, gmpo.Config),
+    "negative_log_likelihood": Row(negative_log_likelihood.loss, negative_log_likelihood.Config),
+}

@@ -1,0 +1,94 @@
+"""Checks of the algorithm: its rows, the knobs they have, what they ask of the batch.
+
+Knobs are read from the rows' source files: nothing imports torch, except a module of the user's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from framework.config import RunConfig
+from framework.config_fields import nearest
+from framework.source_facts import row_knobs, table_keys
+
+ROWS = {
+    # key: (folder and table, the function's name)
+    "advantage": ("advantages", "ADVANTAGES", "advantages"),
+    "loss": ("losses", "LOSSES", "loss"),
+    "correction": ("corrections", "CORRECTIONS", "weights"),
+}
+GROUP_BASELINES = ("group_normalized", "group_centered", "group_mean_batch_std", "leave_one_out")
+
+
+def algorithm_errors(config: RunConfig) -> Iterator[str]:
+    """One line for every row that is not there and every knob it does not have."""
+    algorithm = config.algorithm
+    for kind, (folder, table, function) in ROWS.items():
+        name = getattr(algorithm, kind)
+        try:
+            knobs = _knobs(folder, table, function, name)
+        except ValueError as error:
+            yield f"algorithm.{kind}={name}: {error}"
+            continue
+        yield from _arguments(f"algorithm.{kind}_args", getattr(algorithm, f"{kind}_args"), knobs)
+    low, high = (algorithm.correction_args.get(name, 0) for name in ("low", "high"))
+    if all(isinstance(value, int | float) for value in (low, high)) and 0 < high < low:
+        yield f"algorithm.correction_args.low={low}: above algorithm.correction_args.high={high}"
+    if config.stage != "rl" or config.mode == "eval":
+        return
+    if algorithm.advantage in GROUP_BASELINES and config.rollout.samples_per_prompt < 2:
+        yield (
+            f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: "
+            f"algorithm.advantage={algorithm.advantage} compares samples of a prompt; at least 2"
+        )
+    if algorithm.loss == "negative_log_likelihood":
+        yield (
+            "algorithm.loss=negative_log_likelihood: ignores every reward; it is for stage=sft, "
+            "which sets it itself"
+        )
+
+
+def _knobs(folder: str, table: str, function: str, name: str) -> dict[str, str]:
+    """Knob -> type text of a row; ValueError says what is wrong with its name."""
+    rows = table_keys("framework", f"algorithm/{folder}/__init__.py", table)
+    if name in rows:
+        return row_knobs(folder, name)
+    if "." not in name:
+        guess = next((row for row in rows if row.startswith(name)), nearest(name, rows))
+        hint = f"did you mean {guess}? " if guess else ""
+        raise ValueError(f"{hint}must be one of {', '.join(rows)}, or package.module")
+    from framework.algorithm_rows import find_row
+
+    config = find_row({}, name, function).config
+    return {field.name: _type_text(field.type) for field in dataclasses.fields(config)}
+
+
+def _type_text(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _arguments(key: str, values: Mapping[str, Any], knobs: Mapping[str, str]) -> Iterator[str]:
+    for name, value in values.items():
+        if name not in knobs:
+            guess = nearest(name, knobs)
+            hint = f"did you mean {guess}?" if guess else f"its knobs: {', '.join(knobs) or 'none'}"
+            yield f"{key}.{name}={value}: {key.removesuffix('_args')} has no such knob; {hint}"
+        elif problem := _problem(name, knobs[name], value):
+            yield f"{key}.{name}={value}: {problem}"
+
+
+def _problem(name: str, type_text: str, value: Any) -> str | None:
+    if type_text == "bool":
+        return None if isinstance(value, bool) else "bool wanted"
+    if type_text in ("int", "float"):
+        accepted = int if type_text == "int" else int | float
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            return f"{type_text} wanted"
+        if not math.isfinite(value) or value < 0:
+            return "a finite number that is not negative is wanted"
+        if name == "std_eps" and value == 0:
+            return "must be greater than 0: a group of equal rewards has no spread to divide by"
+        if name == "clip_low" and value > 1:
+            return "must be in [0, 1]: a ratio is never below 0"
+    return None

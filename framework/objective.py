@@ -1,0 +1,122 @@
+"""What a batch is trained by: the configured advantage, loss, correction and aggregation as one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from framework.algorithm.advantages import ADVANTAGES
+from framework.algorithm.aggregation import token_weights
+from framework.algorithm.corrections import CORRECTIONS
+from framework.algorithm.inputs import (
+    AdvantageInputs,
+    CorrectionOutput,
+    LossInputs,
+    LossOutput,
+)
+from framework.algorithm.losses import LOSSES
+from framework.algorithm_rows import find_row
+from framework.config import RunConfig
+from rollout.types import StepBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """All of it bound to its knobs; pure."""
+
+    advantage: Callable[[AdvantageInputs], list[torch.Tensor]] | None
+    """None: nothing is compared (stage=sft), every advantage is 1."""
+    loss: Callable[[LossInputs], LossOutput]
+    correction: Callable[[LossInputs], CorrectionOutput] | None
+    entropy_coef: float
+    aggregation: str
+    max_length: int
+
+    def advantages(self, batch: StepBatch) -> list[torch.Tensor]:
+        """[R] for every sample of the batch, from metadata alone."""
+        infos = batch.samples
+        if self.advantage is None:
+            return [torch.ones(1).expand(info.response_length) for info in infos]
+        # A failed sample has no token to train and no reward to compare the others with.
+        counted = [i for i, info in enumerate(infos) if info.num_loss_tokens]
+        found = [torch.zeros(1).expand(info.response_length) for info in infos]
+        if not counted:
+            return found
+        values = self.advantage(
+            AdvantageInputs(
+                rewards=torch.tensor([infos[i].reward for i in counted]),
+                group_ids=torch.tensor([infos[i].group_id for i in counted]),
+                response_lengths=[infos[i].response_length for i in counted],
+                num_loss_tokens=[infos[i].num_loss_tokens for i in counted],
+            )
+        )
+        for i, advantage in zip(counted, values, strict=True):
+            found[i] = advantage
+        return found
+
+    def weights(self, num_loss_tokens: dict[int, int]) -> dict[int, float]:
+        """The weight of a policy token of each sample in the loss of one update.
+
+        Args:
+            num_loss_tokens: of every sample of the update, on whatever rank it is.
+        """
+        total = sum(num_loss_tokens.values())
+        sequences = sum(1 for count in num_loss_tokens.values() if count)
+        return {
+            i: token_weights(
+                self.aggregation,
+                num_loss_tokens=count,
+                global_tokens=total,
+                global_sequences=sequences,
+                max_length=self.max_length,
+            )
+            for i, count in num_loss_tokens.items()
+        }
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """The loss of each token, corrected, with the entropy bonus; [T] unreduced."""
+        output = self.loss(inputs)
+        value, metrics = output.loss, dict(output.metrics)
+        if self.correction is not None:
+            corrected = self.correction(inputs)
+            log_ratio = (inputs.old_logprobs - inputs.rollout_logprobs).detach()
+            # KL(engine || trainer) on the engine's samples, by the k3 estimator.
+            metrics |= {"rollout_kl": log_ratio.exp() - 1 - log_ratio, **corrected.metrics}
+            value = value * corrected.weights
+        if self.entropy_coef:
+            value = value - self.entropy_coef * inputs.entropy
+        return LossOutput(loss=value, metrics=metrics)
+
+
+def build_objective(config: RunConfig) -> Objective:
+    """The objective of a run: of its algorithm, or of supervised training."""
+    algorithm = config.algorithm
+    max_length = config.rollout.sampling.max_new_tokens
+    if config.stage == "sft":
+        return Objective(
+            advantage=None,
+            loss=LOSSES["negative_log_likelihood"].bind({}),
+            correction=None,
+            entropy_coef=0.0,
+            aggregation="token_mean",
+            max_length=max_length,
+        )
+    advantage = find_row(ADVANTAGES, algorithm.advantage, "advantages")
+    loss = find_row(LOSSES, algorithm.loss, "loss")
+    correction = find_row(CORRECTIONS, algorithm.correction, "weights")
+    return Objective(
+        advantage=advantage.bind(algorithm.advantage_args),
+        loss=loss.bind(algorithm.loss_args),
+        correction=correction.bind(algorithm.correction_args),
+        entropy_coef=algorithm.entropy_coef,
+        aggregation=algorithm.aggregation,
+        max_length=max_length,
+    )
+
+
+def effective_sample_fraction(figures: dict[str, float]) -> dict[str, float]:
+    """(mean w)^2 / mean w^2 of a correction's weights: 1 where all weigh alike; else no figure."""
+    squared = figures.get("train/correction_weight_squared", 0.0)
+    if not squared:
+        return {}
+    return {"train/effective_sample_fraction": figures["train/correction_weight"] ** 2 / squared}

@@ -1,0 +1,108 @@
+"""Every estimator against values computed by hand, and the invariances users rely on."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from framework.algorithm.advantages import ADVANTAGES
+from framework.algorithm.inputs import AdvantageInputs
+
+
+def estimate(name, rewards, groups, tokens=None, **knobs):
+    """The one value of each sample; checks that it covers its whole response."""
+    tokens = tokens or [1] * len(rewards)
+    lengths = [count + 1 for count in tokens]  # a token that the policy did not write in each
+    inputs = AdvantageInputs(
+        rewards=torch.tensor(rewards, dtype=torch.float32),
+        group_ids=torch.tensor(groups),
+        response_lengths=lengths,
+        num_loss_tokens=tokens,
+    )
+    found = ADVANTAGES[name].bind(knobs)(inputs)
+    assert [len(values) for values in found] == lengths
+    assert all(len(set(values.tolist())) == 1 for values in found)
+    return [values[0].item() for values in found]
+
+
+# Groups of uneven size, interleaved. Group 7: rewards 1, 0, 0; group 2: 1, 0.
+REWARDS = [1, 1, 0, 0, 0]
+GROUPS = [7, 2, 7, 2, 7]
+CENTERED = [2 / 3, 1 / 2, -1 / 3, -1 / 2, -1 / 3]
+
+
+def test_group_normalized_by_hand():
+    stds = [math.sqrt(1 / 3), math.sqrt(1 / 2)]  # unbiased, of groups 7 and 2
+    expected = [value / stds[i % 2] for i, value in enumerate(CENTERED)]
+    assert estimate("group_normalized", REWARDS, GROUPS, std_eps=1e-12) == pytest.approx(expected)
+    # eps is added to the deviation, not under the root
+    first = estimate("group_normalized", REWARDS, GROUPS, std_eps=0.5)[0]
+    assert first == pytest.approx(2 / 3 / (math.sqrt(1 / 3) + 0.5))
+
+
+def test_group_centered_by_hand():
+    assert estimate("group_centered", REWARDS, GROUPS) == pytest.approx(CENTERED)
+
+
+def test_group_centered_and_normalized_by_hand():
+    # 3 tokens of the first sample, 1 of each other: mean (3 * 2/3 + 1/2 - 1/3 - 1/2 - 1/3) / 7
+    mean = (2 - 2 / 3) / 7
+    weights = [3, 1, 1, 1, 1]
+    variance = sum(w * (c - mean) ** 2 for w, c in zip(weights, CENTERED, strict=True)) / 7
+    found = estimate("group_centered", REWARDS, GROUPS, weights, normalize=True)
+    assert found == pytest.approx([(c - mean) / math.sqrt(variance) for c in CENTERED])
+
+
+def test_leave_one_out_by_hand():
+    # The others of the first sample: mean 0. Of the third: (1 + 0) / 2.
+    assert estimate("leave_one_out", REWARDS, GROUPS) == pytest.approx([1, 1, -0.5, -1, -0.5])
+
+
+def test_batch_normalized_by_hand():
+    # Over 2 + 6 tokens: mean 2/8, biased variance 1/4 * 3/4.
+    found = estimate("batch_normalized", [1, 0], [0, 1], [2, 6])
+    std = math.sqrt(3 / 16)
+    assert found == pytest.approx([0.75 / std, -0.25 / std])
+
+
+def test_group_mean_batch_std_by_hand():
+    # All five rewards: mean 2/5, unbiased variance (2 * .36 + 3 * .16) / 4 = .3
+    found = estimate("group_mean_batch_std", REWARDS, GROUPS, std_eps=1e-12)
+    assert found == pytest.approx([value / math.sqrt(0.3) for value in CENTERED])
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_equal_rewards_give_zero_not_nan(name):
+    assert estimate(name, [0.3] * 4, [0, 0, 0, 1]) == pytest.approx([0] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["group_normalized", "group_centered", "leave_one_out"])
+def test_a_group_of_one_has_no_baseline_and_gets_zero(name):
+    assert estimate(name, [5.0, 1.0, 0.0], [0, 1, 1])[0] == 0
+
+
+SCALE_FREE = ("group_normalized", "batch_normalized", "group_mean_batch_std")
+BATCHES = st.lists(
+    st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.25, 1.0]), st.integers(1, 5)),
+    min_size=2,
+    max_size=24,
+)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+@settings(max_examples=30, deadline=None)
+@given(data=BATCHES, order=st.randoms(use_true_random=False))
+def test_order_shift_and_scale(name, data, order):
+    """Samples may come in any order; a constant added to all rewards changes nothing; a factor
+    changes nothing where a spread is divided by, and is passed on where none is."""
+    groups, rewards, tokens = (list(column) for column in zip(*data, strict=True))
+    found = estimate(name, rewards, groups, tokens)
+    places = list(range(len(data)))
+    order.shuffle(places)
+    changed = [4 * rewards[i] + 2 for i in places]
+    again = estimate(name, changed, [groups[i] for i in places], [tokens[i] for i in places])
+    factor = 1 if name in SCALE_FREE else 4
+    for value, i in zip(again, places, strict=True):
+        assert value == pytest.approx(factor * found[i], abs=2e-5)

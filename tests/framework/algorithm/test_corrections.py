@@ -1,0 +1,79 @@
+"""Corrections by hand: which way round the ratio is, what is capped, what is dropped."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_losses import log, loss_inputs
+
+from framework.algorithm.corrections import CORRECTIONS
+from framework.config import AlgorithmConfig, RunConfig
+from framework.objective import build_objective, effective_sample_fraction
+
+
+def correct(name, ratios, ids=None, written=None, **knobs):
+    """Weights for trainer / engine ratios of the old policy."""
+    count = len(ratios)
+    inputs = loss_inputs(
+        [0.0] * count, log(*ratios), [1.0] * count, ids, written, rollout=[0.0] * count
+    )
+    output = CORRECTIONS[name].bind(knobs)(inputs)
+    assert not output.weights.requires_grad
+    return output
+
+
+def close(values, expected):
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_token_truncates_above_and_never_below():
+    output = correct("token", [0.1, 1.5, 8.0], high=2.0)
+    close(output.weights, [0.1, 1.5, 2.0])
+    close(output.metrics["correction_truncated_fraction"], [0, 0, 1])
+
+
+def test_token_mask_drops_both_sides():
+    output = correct("token", [0.1, 1.5, 8.0], low=0.5, high=5.0, mask=True)
+    close(output.weights, [0.0, 1.5, 0.0])
+    close(output.metrics["correction_masked_fraction"], [1, 0, 1])
+
+
+def test_sequence_is_the_product_over_the_policys_tokens():
+    # Sequence 0: 2 * 3 = 6, capped at 4; the masked 100 does not count. Sequence 1: .5
+    ratios, ids, written = [2, 3, 100, 0.5], [0, 0, 0, 1], [1.0, 1, 0, 1]
+    close(correct("sequence", ratios, ids, written, high=4.0).weights, [4, 4, 4, 0.5])
+    dropped = correct("sequence", ratios, ids, written, low=0.6, high=10.0, mask=True)
+    close(dropped.weights, [6, 6, 6, 0])
+
+
+def test_geometric_gates_on_the_mean_and_weighs_by_token():
+    # Sequence 0: sqrt(2 * .5) = 1, inside. Sequence 1: 1.1, outside.
+    output = correct("geometric", [2, 0.5, 1.1], [0, 0, 1], low=0.95, high=1.05)
+    close(output.weights, [2, 0.5, 0])
+
+
+def test_objective_weighs_the_loss_and_subtracts_entropy():
+    config = RunConfig(
+        algorithm=AlgorithmConfig(
+            loss="policy_gradient",
+            correction="token",
+            correction_args={"high": 2.0},
+            entropy_coef=0.1,
+        )
+    )
+    inputs = loss_inputs([-1.0, -1.0], log(1, 4), [1.0, 1.0], rollout=[0.0, 0.0])
+    inputs = dataclasses.replace(inputs, entropy=torch.tensor([0.5, 2.0]))
+    output = build_objective(config)(inputs)
+    close(output.loss.detach(), [1.0 - 0.05, 2.0 - 0.2])
+    kl = [0.0, 4 - 1 - math.log(4)]
+    close(output.metrics["rollout_kl"], kl)
+
+
+def test_effective_sample_fraction_by_hand():
+    # weights 1 and 3: (2)^2 / ((1 + 9) / 2) = .8
+    figures = {"train/correction_weight": 2.0, "train/correction_weight_squared": 5.0}
+    assert effective_sample_fraction(figures) == {
+        "train/effective_sample_fraction": pytest.approx(0.8)
+    }
+    assert effective_sample_fraction({}) == {}

@@ -1,0 +1,75 @@
+"""Broken choices of an algorithm, and a loss of the user's own by its module's name."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from framework.algorithm.inputs import LossInputs, Sequences
+from framework.checks import check_config
+from framework.compose import compose_config
+from framework.objective import build_objective
+
+BROKEN = [
+    (["algorithm.loss=ppo"], "algorithm.loss=ppo: did you mean ppo_clip? must be one of"),
+    (["algorithm.correction=tis"], "algorithm.correction=tis: must be one of none, token"),
+    (["algorithm.advantage_args.std_eps=0"], "algorithm.advantage_args.std_eps=0: must be greater"),
+    (["algorithm.loss_args.clip_lo=0.1"], "has no such knob; did you mean clip_low?"),
+    (["algorithm.loss=gmpo"], "algorithm.loss_args.clip_low=0.2: algorithm.loss has no such knob"),
+    (["algorithm.loss_args.clip_low=1.5"], "clip_low=1.5: must be in [0, 1]"),
+    (["algorithm.loss_args.clip_high=high"], "clip_high=high: float wanted"),
+    (["algorithm.loss_args.clip_high=-1"], "clip_high=-1: a finite number that is not negative"),
+    (
+        ["algorithm=icepop", "algorithm.correction_args.low=6"],
+        "algorithm.correction_args.low=6: above algorithm.correction_args.high=5.0",
+    ),
+    (["algorithm=icepop", "algorithm.correction_args.mask=1"], "mask=1: bool wanted"),
+    (["algorithm=rloo", "rollout.samples_per_prompt=1"], "algorithm.advantage=leave_one_out comp"),
+    (["algorithm.loss=negative_log_likelihood", "algorithm.loss_args={}"], "ignores every reward"),
+    (["algorithm.aggregation=mean"], "algorithm.aggregation=mean"),
+    (["algorithm.entropy_coef=-0.1"], "algorithm.entropy_coef=-0.1"),
+    (["algorithm.loss=no.such.module"], "algorithm.loss=no.such.module: cannot be imported"),
+    (["algorithm.loss=os.path"], "algorithm.loss=os.path: os.path has no function loss(inputs"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "wanted"), BROKEN, ids=lambda value: str(value)[:40])
+def test_a_broken_choice_is_refused_by_key(overrides, wanted):
+    errors = check_config(compose_config(["experiment=smoke", *overrides]))
+    assert any(wanted in error for error in errors), errors
+
+
+def test_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A module with a Config and a function; its knobs are checked as ours are."""
+    (tmp_path / "my_losses").mkdir()
+    (tmp_path / "my_losses" / "scaled.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from framework.algorithm.inputs import LossOutput\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Config:\n"
+        "    factor: float = 1.0\n"
+        "def loss(inputs, config):\n"
+        "    return LossOutput(loss=-config.factor * inputs.policy_logprobs, metrics={})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    composed = compose_config(["experiment=smoke", "algorithm.loss=my_losses.scaled"])
+
+    def with_knobs(**knobs):
+        algorithm = dataclasses.replace(composed.algorithm, loss_args=knobs)
+        return dataclasses.replace(composed, algorithm=algorithm)
+
+    config = with_knobs(factor=3.0)
+    assert check_config(config) == []
+    ones = torch.ones(2)
+    inputs = LossInputs(
+        policy_logprobs=-ones,
+        old_logprobs=-ones,
+        rollout_logprobs=-ones,
+        advantages=ones,
+        loss_mask=ones,
+        entropy=ones,
+        sequences=Sequences(ids=torch.zeros(2, dtype=torch.int64), count=1, mask=ones),
+    )
+    assert build_objective(config)(inputs).loss.tolist() == [3.0, 3.0]
+    assert "did you mean factor?" in check_config(with_knobs(facto=3.0))[0]
