@@ -37,6 +37,7 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
         yield f"algorithm.correction_args.low={low}: above algorithm.correction_args.high={high}"
     if config.stage != "rl" or config.mode == "eval":
         return
+    yield from _reference(config)
     if algorithm.advantage in GROUP_BASELINES and config.rollout.samples_per_prompt < 2:
         yield (
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: "
@@ -46,6 +47,20 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
         yield (
             "algorithm.loss=negative_log_likelihood: ignores every reward; it is for stage=sft, "
             "which sets it itself"
+        )
+
+
+def _reference(config: RunConfig) -> Iterator[str]:
+    algorithm, resume = config.algorithm, config.checkpoint.resume
+    if algorithm.reference and not algorithm.kl_coef:
+        yield (
+            f"algorithm.reference={algorithm.reference}: not used while algorithm.kl_coef=0; "
+            "set a coefficient, for example 0.001"
+        )
+    if algorithm.kl_coef and not algorithm.reference and resume not in ("auto", "never"):
+        yield (
+            f"algorithm.kl_coef={algorithm.kl_coef:g}: checkpoint.resume={resume} begins with "
+            "weights that are no Hugging Face directory; name the reference by algorithm.reference"
         )
 
 

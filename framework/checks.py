@@ -221,15 +221,21 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         )
 
 
+def _weights(key: str, path: str) -> Iterator[str]:
+    if not path:
+        return
+    try:
+        read_hf_config(key, path)
+    except ValueError as error:
+        yield str(error)
+    else:
+        if not any(Path(path).expanduser().glob("*.safetensors")):
+            yield f"{key}={path}: no *.safetensors in it"
+
+
 def _paths(config: RunConfig) -> Iterator[str]:
-    if config.model.init_from:
-        try:
-            read_hf_config("model.init_from", config.model.init_from)
-        except ValueError as error:
-            yield str(error)
-        else:
-            if not any(Path(config.model.init_from).expanduser().glob("*.safetensors")):
-                yield f"model.init_from={config.model.init_from}: no *.safetensors in it"
+    yield from _weights("model.init_from", config.model.init_from)
+    yield from _weights("algorithm.reference", config.algorithm.reference)
     path = Path(config.run_dir)
     yield from resume_errors(config)
     if (path / "config.yaml").exists() and config.checkpoint.resume != "auto":

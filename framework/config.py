@@ -95,6 +95,16 @@ class AlgorithmConfig:
     """Of trainer against engine policy: a row of framework.algorithm.corrections.CORRECTIONS."""
     correction_args: dict[str, Any] = field(default_factory=dict)
     """Its knobs: the fields of its Config."""
+    kl_coef: float = 0.0
+    """This times the divergence from the reference policy is added to each token's loss; 0: no
+    reference is held."""
+    kl_estimator: str = "k3"
+    """k2 | k3 | straight_through | unbiased, see framework.algorithm.kl."""
+    reference: str = ""
+    """Hugging Face directory of the reference policy; empty: what the run begins with, that is
+    model.init_from, else model.hf_path."""
+    reference_on: str = "host"
+    """host | device: where its weights wait between passes."""
     entropy_coef: float = 0.0
     """Entropy bonus: this times the policy's entropy is subtracted from each token's loss."""
     aggregation: str = "token_mean"

@@ -14,6 +14,7 @@ from framework.algorithm.inputs import (
     LossInputs,
     LossOutput,
 )
+from framework.algorithm.kl import KL_ESTIMATORS
 from framework.algorithm.losses import LOSSES
 from framework.algorithm_rows import find_row
 from framework.config import RunConfig
@@ -28,6 +29,9 @@ class Objective:
     """None: nothing is compared (stage=sft), every advantage is 1."""
     loss: Callable[[LossInputs], LossOutput]
     correction: Callable[[LossInputs], CorrectionOutput] | None
+    kl: Callable[[LossInputs], torch.Tensor] | None
+    """Divergence from the reference; its inputs then hold ref_logprobs."""
+    kl_coef: float
     entropy_coef: float
     aggregation: str
     max_length: int
@@ -74,7 +78,7 @@ class Objective:
         }
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """The loss of each token, corrected, with the entropy bonus; [T] unreduced."""
+        """The loss of each token, corrected, with KL and entropy terms; [T] unreduced."""
         output = self.loss(inputs)
         value, metrics = output.loss, dict(output.metrics)
         if self.correction is not None:
@@ -83,6 +87,10 @@ class Objective:
             # KL(engine || trainer) on the engine's samples, by the k3 estimator.
             metrics |= {"rollout_kl": log_ratio.exp() - 1 - log_ratio, **corrected.metrics}
             value = value * corrected.weights
+        if self.kl is not None:
+            divergence = self.kl(inputs)
+            metrics["reference_kl"] = divergence.detach()
+            value = value + self.kl_coef * divergence
         if self.entropy_coef:
             value = value - self.entropy_coef * inputs.entropy
         return LossOutput(loss=value, metrics=metrics)
@@ -97,6 +105,8 @@ def build_objective(config: RunConfig) -> Objective:
             advantage=None,
             loss=LOSSES["negative_log_likelihood"].bind({}),
             correction=None,
+            kl=None,
+            kl_coef=0.0,
             entropy_coef=0.0,
             aggregation="token_mean",
             max_length=max_length,
@@ -108,6 +118,8 @@ def build_objective(config: RunConfig) -> Objective:
         advantage=advantage.bind(algorithm.advantage_args),
         loss=loss.bind(algorithm.loss_args),
         correction=correction.bind(algorithm.correction_args),
+        kl=KL_ESTIMATORS[algorithm.kl_estimator] if algorithm.kl_coef else None,
+        kl_coef=algorithm.kl_coef,
         entropy_coef=algorithm.entropy_coef,
         aggregation=algorithm.aggregation,
         max_length=max_length,

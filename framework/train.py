@@ -43,39 +43,24 @@ def main() -> None:
 
 def run(config: RunConfig, run_dir: RunDir) -> None:
     """Build this rank's trainer, run the loop, save the final policy to run_dir/hf."""
-    from framework.megatron.checkpoint import CheckpointWriter, load_checkpoint
-    from framework.megatron.model import DTYPES, build_policy, read_hf_config
+    from framework.megatron.checkpoint import CheckpointWriter
+    from framework.megatron.model import DTYPES
     from framework.megatron.parallel import start_mesh, stop_mesh
-    from framework.megatron.sharded_state import blank_weights
     from framework.metrics import MetricsLogger
     from framework.trainer import Trainer
     from megatron_bridge.export_plan import ExportPlan
-    from megatron_bridge.load import detect_spec, load_hf
+    from megatron_bridge.load import detect_spec
     from megatron_bridge.save import save_hf
 
     mesh = start_mesh(config.parallel, config.seed)
     found = resume_point(config, run_dir, mesh.rank)
     done = found.step if found is not None else 0
-    hf_config = read_hf_config(config.model.hf_path)
-    multiple = config.model.vocab_pad_multiple
-
-    def load_weights(chunks: list[Any]) -> None:
-        if found is not None:
-            blank_weights(chunks)
-            return
-        weights = config.model.init_from or config.model.hf_path
-        load_hf(chunks, weights, mesh.layout, mesh.coords, multiple, hf_config)
-
-    policy = build_policy(
-        hf_config, config.model, config.parallel, config.optimizer, mesh, load_weights
-    )
-    if found is not None:
-        load_checkpoint(found, policy, mesh)
+    policy, reference = build_models(config, mesh, found)
     plan = ExportPlan(
-        hf_config=hf_config,
+        hf_config=policy.hf_config,
         layout=mesh.layout,
         spec=detect_spec(policy.chunks),
-        vocab_pad_multiple=multiple,
+        vocab_pad_multiple=config.model.vocab_pad_multiple,
         bucket_bytes=config.weight_sync.bucket_mb << 20,
         dtype=DTYPES[config.model.dtype],
     )
@@ -95,6 +80,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         source=source,
         sync=sync,
         logger=logger,
+        reference=reference,
         checkpoints=(
             CheckpointWriter(config, policy, mesh, run_dir.checkpoints)
             if config.checkpoint.every_steps
@@ -113,6 +99,37 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         source.finish()
         logger.close()
     stop_mesh()
+
+
+def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tuple[Any, Any]:
+    """The policy, from the checkpoint if there is one; the reference where the loss wants one."""
+    from framework.megatron.checkpoint import load_checkpoint
+    from framework.megatron.model import build_policy, read_hf_config
+    from framework.megatron.reference import Reference
+    from framework.megatron.sharded_state import blank_weights
+    from megatron_bridge.load import load_hf
+
+    model, algorithm = config.model, config.algorithm
+    hf_config = read_hf_config(model.hf_path)
+    first = model.init_from or model.hf_path
+    references: list[Reference] = []
+
+    def load_weights(chunks: list[Any]) -> None:
+        def load(path: str) -> None:
+            load_hf(chunks, path, mesh.layout, mesh.coords, model.vocab_pad_multiple, hf_config)
+
+        if config.stage == "rl" and algorithm.kl_coef:
+            load(algorithm.reference or first)
+            references.append(Reference(chunks, on_host=algorithm.reference_on == "host"))
+        if found is not None:
+            blank_weights(chunks)
+        elif not references or algorithm.reference:
+            load(first)
+
+    policy = build_policy(hf_config, model, config.parallel, config.optimizer, mesh, load_weights)
+    if found is not None:
+        load_checkpoint(found, policy, mesh)
+    return policy, references[0] if references else None
 
 
 def resume_point(config: RunConfig, run_dir: RunDir, rank: int) -> Checkpoint | None:

@@ -14,6 +14,7 @@ from framework.megatron.checkpoint import CheckpointWriter
 from framework.megatron.microbatch import Microbatch, pack_microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
+from framework.megatron.reference import Reference
 from framework.megatron.step import StepRunner, largest
 from framework.metrics import MetricsLogger
 from framework.objective import build_objective, effective_sample_fraction
@@ -40,6 +41,8 @@ class Trainer:
     """None where no engine follows the training (stage=sft, mode=train_only)."""
     logger: MetricsLogger | None
     """On the reporting rank (0)."""
+    reference: Reference | None = None
+    """Where algorithm.kl_coef asks for one."""
     checkpoints: CheckpointWriter | None = None
     """None: this run saves none."""
     start_step: int = 0
@@ -108,6 +111,10 @@ class Trainer:
                 self.runner.logprobs(microbatches)
         if gate:
             self.check_gate(updates)
+        if self.reference is not None:
+            with self.reference.swapped_in():
+                for microbatches in updates:
+                    self.runner.logprobs(microbatches, of_reference=True)
         figures: list[dict[str, float]] = []
         for i, microbatches in enumerate(updates):
             lr = self.learning_rate(batch.step * len(updates) + i)

@@ -73,6 +73,8 @@ class LossInputs:
     entropy: torch.Tensor
     """Of the policy's distribution, in nats; carries the gradient."""
     sequences: Sequences
+    ref_logprobs: torch.Tensor | None = None
+    """The reference policy's, where algorithm.kl_coef asks for one."""
 
 
 @dataclass(frozen=True, kw_only=True)

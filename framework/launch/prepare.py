@@ -31,7 +31,12 @@ def resolve_stages(config: RunConfig) -> Stages:
         hf_path=_absolute(config.model.hf_path) or str(run_dir.path / "tiny_model"),
         init_from=_absolute(config.model.init_from),
     )
-    main = dataclasses.replace(main, model=model, replay_dir=_absolute(config.replay_dir))
+    algorithm = dataclasses.replace(
+        config.algorithm, reference=_absolute(config.algorithm.reference)
+    )
+    main = dataclasses.replace(
+        main, model=model, algorithm=algorithm, replay_dir=_absolute(config.replay_dir)
+    )
     if not config.warm_start.num_steps:
         return Stages(main=main, warm_start=None)
     warm, nested = config.warm_start, run_dir.warm_start

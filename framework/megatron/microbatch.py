@@ -43,6 +43,8 @@ class Microbatch:
     packed_seq_params: PackedSeqParams
     old_logprobs: torch.Tensor | None = None
     """[T] float32, on ranks of the last stage once computed."""
+    ref_logprobs: torch.Tensor | None = None
+    """The same of the reference policy."""
 
 
 def pack_microbatch(

@@ -68,8 +68,8 @@ class StepRunner:
             forward_only=forward_only,
         )
 
-    def logprobs(self, microbatches: list[Microbatch]) -> None:
-        """Fill `old_logprobs` of the micro-batches by a forward pass (last stage only)."""
+    def logprobs(self, microbatches: list[Microbatch], *, of_reference: bool = False) -> None:
+        """Fill `old_logprobs` (or `ref_logprobs`) by a forward pass (last stage only)."""
 
         def keep(batch: Microbatch, output: torch.Tensor) -> Any:
             return output.sum() * 0, _no_tokens(), {"logprobs": output[0].detach()}
@@ -77,7 +77,10 @@ class StepRunner:
         with torch.no_grad():
             outputs = self._run(microbatches, keep, forward_only=True)
         for batch, output in zip(microbatches, outputs, strict=self.mesh.is_last_stage):
-            batch.old_logprobs = output["logprobs"]
+            if of_reference:
+                batch.ref_logprobs = output["logprobs"]
+            else:
+                batch.old_logprobs = output["logprobs"]
 
     def update(
         self,
@@ -106,6 +109,7 @@ class StepRunner:
                     policy_logprobs=logprobs,
                     old_logprobs=old,
                     rollout_logprobs=batch.rollout_logprobs,
+                    ref_logprobs=batch.ref_logprobs,
                     advantages=batch.advantages,
                     loss_mask=batch.loss_mask,
                     entropy=entropy,

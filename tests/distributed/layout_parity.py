@@ -33,6 +33,7 @@ from framework.config import (
 )
 from framework.megatron.model import build_policy, read_hf_config
 from framework.megatron.parallel import start_mesh, stop_mesh
+from framework.megatron.reference import Reference
 from framework.trainer import Trainer
 from megatron_bridge.export import export_buckets
 from megatron_bridge.export_plan import ExportPlan
@@ -229,8 +230,12 @@ def train(root: Path, rank: int, case: Case) -> None:
     mesh = start_mesh(config.parallel, config.seed)
     hf_config, multiple = read_hf_config(hf_dir), config.model.vocab_pad_multiple
 
+    references: list[Reference] = []
+
     def load_weights(chunks: list[Any]) -> None:
         load_hf(chunks, hf_dir, mesh.layout, mesh.coords, multiple)
+        if config.algorithm.kl_coef:
+            references.append(Reference(chunks, on_host=True))
 
     policy = build_policy(
         hf_config, config.model, config.parallel, config.optimizer, mesh, load_weights
@@ -241,7 +246,13 @@ def train(root: Path, rank: int, case: Case) -> None:
     recorder: Any = Recorder() if rank == 0 else None
     source = JournalSource(root / "rollouts")
     Trainer(
-        config=config, mesh=mesh, policy=policy, source=source, sync=None, logger=recorder
+        config=config,
+        mesh=mesh,
+        policy=policy,
+        source=source,
+        sync=None,
+        logger=recorder,
+        reference=references[0] if references else None,
     ).train()
     policy.sync_parameters()
     plan = ExportPlan(

@@ -53,6 +53,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "geometric": {"correction": "geometric", "correction_args": {"low": 0.15, "high": 2.0}},
     "sapo": {"loss": "sapo", "advantage": "group_centered", "aggregation": "sequence_sum"},
     "cispo": {"loss": "cispo", "advantage": "group_centered", "entropy_coef": 0.01},
+    "kl": {"loss": "policy_gradient", "kl_coef": 0.1, "kl_estimator": "unbiased"},
     "tis": {"correction": "token", "advantage": "leave_one_out", "loss_args": {"dual_clip": 3.0}},
 }
 """Fields of `algorithm`."""
@@ -142,6 +143,7 @@ CASES = [
     _case("moe", SP, OPT, tp=2, cp=2, dp=2, ep=4, etp=2),
     _case("moe_mixed", SP, OPT, OVERLAP, tp=2, pp=2, vpp=2, cp=2, ep=4),
     _case("qwen3", cp=2, objective="gspo", ci=True),
+    _case("qwen3", OPT, OVERLAP, dp=2, objective="kl"),
     *(
         _case("qwen3", *flags, objective=objective, **sizes)
         for objective in OBJECTIVES

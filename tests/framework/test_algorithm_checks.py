@@ -29,6 +29,11 @@ BROKEN = [
     (["algorithm.loss=negative_log_likelihood", "algorithm.loss_args={}"], "ignores every reward"),
     (["algorithm.aggregation=mean"], "algorithm.aggregation=mean"),
     (["algorithm.entropy_coef=-0.1"], "algorithm.entropy_coef=-0.1"),
+    (["algorithm.kl_coef=-0.1"], "algorithm.kl_coef=-0.1"),
+    (["algorithm=grpo_kl", "algorithm.kl_estimator=k1"], "algorithm.kl_estimator=k1"),
+    (["algorithm=grpo_kl", "algorithm.reference=/no/such"], "algorithm.reference=/no/such"),
+    (["algorithm.reference=/no/such"], "not used while algorithm.kl_coef=0"),
+    (["algorithm=grpo_kl", "checkpoint.resume=/no/such"], "name the reference by"),
     (["algorithm.loss=no.such.module"], "algorithm.loss=no.such.module: cannot be imported"),
     (["algorithm.loss=os.path"], "algorithm.loss=os.path: os.path has no function loss(inputs"),
 ]
