@@ -1,0 +1,198 @@
+"""DeepSeek-V3: latent attention (MLA), sigmoid router, shared experts, first layers dense.
+
+Latent attention as megatron-core has it: down-projections to the latents, their norms, and
+up-projections by heads; keys share one rotated part.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+
+from megatron_bridge.models.architecture import (
+    EMBEDDING,
+    OUTPUT,
+    Architecture,
+    HfTensor,
+    LatentAttention,
+    ModelShape,
+    Row,
+    Section,
+    column,
+    column_unless_te,
+    gated,
+    replicate,
+    row,
+    vocab,
+)
+from megatron_bridge.models.config_fields import ConfigFields, read_latent_rope
+from megatron_bridge.models.llama import (
+    DOWN,
+    FINAL_NORM,
+    GATE_UP,
+    INPUT_NORM,
+    LAYER,
+    O_PROJ,
+    POST_NORM,
+)
+from megatron_bridge.models.sigmoid_router import ROWS, TENSORS, read_sigmoid_experts
+
+ATTENTION = f"{LAYER}self_attn."
+Q_DOWN, Q_UP = f"{ATTENTION}q_a_proj.weight", f"{ATTENTION}q_b_proj.weight"
+KV_DOWN, KV_UP = f"{ATTENTION}kv_a_proj_with_mqa.weight", f"{ATTENTION}kv_b_proj.weight"
+Q_NORM, KV_NORM = f"{ATTENTION}q_a_layernorm.weight", f"{ATTENTION}kv_a_layernorm.weight"
+
+
+def read_config(
+    config: Mapping[str, Any],
+) -> tuple[ModelShape, dict[str, Any], dict[str, Any]]:
+    """A DeepSeek-V3 config.json; its weights must be in bf16 or fp32, not in fp8."""
+    fields = ConfigFields(config, "DeepseekV3ForCausalLM")
+    latent = LatentAttention(
+        q_rank=fields.integer("q_lora_rank"),
+        kv_rank=fields.integer("kv_lora_rank"),
+        nope_dim=fields.integer("qk_nope_head_dim"),
+        rope_dim=fields.integer("qk_rope_head_dim"),
+        value_dim=fields.integer("v_head_dim"),
+    )
+    heads = fields.integer("num_attention_heads")
+    shape = ModelShape(
+        num_layers=fields.integer("num_hidden_layers"),
+        hidden_size=fields.integer("hidden_size"),
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        head_dim=latent.nope_dim + latent.rope_dim,
+        ffn_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        tied=fields.flag("tie_word_embeddings", False),
+        latent=latent,
+    )
+    if shape.num_kv_heads != heads:
+        fields.complain(f"num_key_value_heads = {shape.num_kv_heads}, not {heads}: one a head")
+    for name, only in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("rope_interleave", True),
+        ("qk_head_dim", shape.head_dim),
+        ("head_dim", latent.rope_dim),
+        ("tie_word_embeddings", False),
+        ("quantization_config", None),
+        ("is_encoder_decoder", False),
+    ):
+        fields.must_be(name, only)
+    shape, experts = read_sigmoid_experts(fields, shape)
+    transformer = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": heads,
+        "ffn_hidden_size": shape.ffn_size,
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.nope_dim,
+        "qk_pos_emb_head_dim": latent.rope_dim,
+        "v_head_dim": latent.value_dim,
+        **read_latent_rope(fields, default_theta=10000.0),
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": fields.number("rms_norm_eps", 1e-6),
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **experts,
+    }
+    fields.finish()
+    gpt = {"share_embeddings_and_output_weights": False, "position_embedding_type": "rope"}
+    return shape, transformer, gpt
+
+
+def _latent(shape: ModelShape) -> LatentAttention:
+    assert shape.latent is not None
+    return shape.latent
+
+
+DEEPSEEK_V3 = Architecture(
+    name="DeepseekV3ForCausalLM",
+    read_config=read_config,
+    tensors=(
+        HfTensor(Section.EMBEDDING, EMBEDDING, lambda s: (s.vocab_size, s.hidden_size)),
+        HfTensor(Section.LAYER, INPUT_NORM, lambda s: (s.hidden_size,)),
+        HfTensor(Section.LAYER, Q_DOWN, lambda s: (_latent(s).q_rank, s.hidden_size)),
+        HfTensor(Section.LAYER, Q_NORM, lambda s: (_latent(s).q_rank,)),
+        HfTensor(Section.LAYER, Q_UP, lambda s: (s.num_heads * s.head_dim, _latent(s).q_rank)),
+        HfTensor(
+            Section.LAYER,
+            KV_DOWN,
+            lambda s: (_latent(s).kv_rank + _latent(s).rope_dim, s.hidden_size),
+        ),
+        HfTensor(Section.LAYER, KV_NORM, lambda s: (_latent(s).kv_rank,)),
+        HfTensor(
+            Section.LAYER,
+            KV_UP,
+            lambda s: (
+                s.num_heads * (_latent(s).nope_dim + _latent(s).value_dim),
+                _latent(s).kv_rank,
+            ),
+        ),
+        HfTensor(
+            Section.LAYER, O_PROJ, lambda s: (s.hidden_size, s.num_heads * _latent(s).value_dim)
+        ),
+        HfTensor(Section.LAYER, POST_NORM, lambda s: (s.hidden_size,)),
+        HfTensor(Section.DENSE, GATE_UP[0], lambda s: (s.ffn_size, s.hidden_size)),
+        HfTensor(Section.DENSE, GATE_UP[1], lambda s: (s.ffn_size, s.hidden_size)),
+        HfTensor(Section.DENSE, DOWN, lambda s: (s.hidden_size, s.ffn_size)),
+        *TENSORS,
+        HfTensor(Section.FINAL, FINAL_NORM, lambda s: (s.hidden_size,)),
+        HfTensor(Section.OUTPUT, OUTPUT, lambda s: (s.vocab_size, s.hidden_size)),
+    ),
+    rows=(
+        Row(Section.EMBEDDING, "embedding.word_embeddings.weight", vocab, (EMBEDDING,)),
+        Row(Section.LAYER, "input_layernorm.weight", replicate, (INPUT_NORM,)),
+        Row(
+            Section.LAYER,
+            "self_attention.linear_q_down_proj.weight",
+            column,
+            (Q_DOWN,),
+            te_rule=replicate,
+        ),
+        Row(
+            Section.LAYER,
+            "self_attention.q_layernorm.weight",
+            replicate,
+            (Q_NORM,),
+            te_name="self_attention.linear_q_up_proj.layer_norm_weight",
+        ),
+        Row(Section.LAYER, "self_attention.linear_q_up_proj.weight", column, (Q_UP,)),
+        Row(
+            Section.LAYER,
+            "self_attention.linear_kv_down_proj.weight",
+            column,
+            (KV_DOWN,),
+            te_rule=replicate,
+        ),
+        Row(
+            Section.LAYER,
+            "self_attention.kv_layernorm.weight",
+            replicate,
+            (KV_NORM,),
+            te_name="self_attention.linear_kv_up_proj.layer_norm_weight",
+        ),
+        Row(Section.LAYER, "self_attention.linear_kv_up_proj.weight", column, (KV_UP,)),
+        Row(Section.LAYER, "self_attention.linear_proj.weight", row, (O_PROJ,)),
+        Row(
+            Section.DENSE,
+            "pre_mlp_layernorm.weight",
+            replicate,
+            (POST_NORM,),
+            te_name="mlp.linear_fc1.layer_norm_weight",
+        ),
+        Row(Section.DENSE, "mlp.linear_fc1.weight", gated, GATE_UP),
+        Row(Section.DENSE, "mlp.linear_fc2.weight", row, (DOWN,)),
+        *ROWS,
+        Row(Section.FINAL, "decoder.final_layernorm.weight", replicate, (FINAL_NORM,)),
+        Row(Section.OUTPUT, "output_layer.weight", vocab, (OUTPUT,)),
+    ),
+    engine_rows=(),
+)
