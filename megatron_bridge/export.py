@@ -127,17 +127,17 @@ class ExportStream(Iterator[Bucket]):
                 continue
             for sender, pieces in bucket.pieces.items():
                 if sender != self._rank:
-                    self._receive(sender, pieces)
+                    self._receive(sender, pieces, bucket.dtype)
 
-    def _message(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        size = sum(piece.box.numel for piece in pieces) * self._plan.dtype.itemsize
+    def _message(self, pieces: Sequence[Piece], dtype: torch.dtype) -> torch.Tensor:
+        size = sum(piece.box.numel for piece in pieces) * dtype.itemsize
         return self._buffers.take("message", size, self._device)
 
     def _unpack(
-        self, pieces: Sequence[Piece], message: torch.Tensor
+        self, pieces: Sequence[Piece], message: torch.Tensor, dtype: torch.dtype
     ) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Each piece with its part of a flat message, in the shape of its box."""
-        values = message.view(self._plan.dtype)
+        values = message.view(dtype)
         offset = 0
         for piece in pieces:
             size = piece.box.numel
@@ -151,15 +151,15 @@ class ExportStream(Iterator[Bucket]):
         """Pack this rank's pieces of a bucket into one message and send it, if there are any."""
         pieces = bucket.pieces.get(self._rank, ())
         if pieces:
-            message = self._message(pieces)
-            for piece, part in self._unpack(pieces, message):
+            message = self._message(pieces, bucket.dtype)
+            for piece, part in self._unpack(pieces, message, bucket.dtype):
                 part.copy_(self._content(piece))
             self._in_message = True
             dist.send(message, group=self._group, group_dst=self._dst)
             self._in_message = False
 
-    def _receive(self, sender: int, pieces: Sequence[Piece]) -> torch.Tensor:
-        message = self._message(pieces)
+    def _receive(self, sender: int, pieces: Sequence[Piece], dtype: torch.dtype) -> torch.Tensor:
+        message = self._message(pieces, dtype)
         self._in_message = True
         dist.recv(message, group=self._group, group_src=sender)
         self._in_message = False
@@ -167,7 +167,7 @@ class ExportStream(Iterator[Bucket]):
 
     def _assemble(self, bucket: BucketPlan) -> Bucket:
         """Receive and place all pieces of a bucket."""
-        dtype = self._plan.dtype
+        dtype = bucket.dtype
         flat = self._buffers.take("flat", bucket.size_bytes, self._device)
         tensors = {
             t.name: flat[t.offset : t.offset + t.size_bytes].view(dtype).view(t.shape)
@@ -177,7 +177,7 @@ class ExportStream(Iterator[Bucket]):
             if sender == self._rank:
                 parts = ((piece, self._content(piece)) for piece in pieces)
             else:
-                parts = self._unpack(pieces, self._receive(sender, pieces))
+                parts = self._unpack(pieces, self._receive(sender, pieces, dtype), dtype)
             for piece, part in parts:
                 tensors[piece.box.name][piece.box.source].copy_(part)
         return Bucket(

@@ -16,6 +16,7 @@ from megatron_bridge.hf_checkpoint import DTYPE_NAMES
 from megatron_bridge.layout import Layout
 from megatron_bridge.mapping import (
     check,
+    float32_names,
     holders,
     layer_name,
     model_shapes,
@@ -63,6 +64,7 @@ class BucketPlan:
     """Tensors that travel together."""
 
     tensors: tuple[TensorPlan, ...]
+    dtype: torch.dtype
 
     @property
     def size_bytes(self) -> int:
@@ -87,7 +89,8 @@ class ExportPlan:
     layout: Layout
     spec: Spec
     dtype: torch.dtype
-    """Type of the exported tensors; parameters of another type are cast as they are packed."""
+    """Type of the exported tensors; parameters of another type are cast as they are packed. What
+    the architecture keeps in float32 comes last, in buckets of its own."""
     vocab_pad_multiple: int
     bucket_bytes: int
     """A bucket is closed before it would grow beyond this; a larger tensor travels alone."""
@@ -109,25 +112,32 @@ class ExportPlan:
     @cached_property
     def entries(self) -> list[tuple[str, torch.dtype, Index]]:
         """Name, type and shape of every tensor in the order of the stream."""
-        return [(t.name, self.dtype, t.shape) for bucket in self.buckets for t in bucket.tensors]
+        return [(t.name, each.dtype, t.shape) for each in self.buckets for t in each.tensors]
 
     @cached_property
     def buckets(self) -> tuple[BucketPlan, ...]:
         """The stream."""
-        pieces = self._pieces()
-        buckets: list[BucketPlan] = []
+        shapes, kept = model_shapes(self.model), float32_names(self.model)
+        if self.dtype is torch.float32 or not kept:
+            return tuple(self._fill(shapes, self.dtype))
+        cast = {name: shape for name, shape in shapes.items() if name not in kept}
+        rest = {name: shape for name, shape in shapes.items() if name in kept}
+        return (*self._fill(cast, self.dtype), *self._fill(rest, torch.float32))
+
+    def _fill(self, shapes: Mapping[str, Index], dtype: torch.dtype) -> Iterator[BucketPlan]:
+        """Tensors of one type, in order, into buckets."""
         tensors: list[TensorPlan] = []
         filled = 0
-        for name, shape in model_shapes(self.model).items():
-            size = prod(shape) * self.dtype.itemsize
+        for name, shape in shapes.items():
+            size = prod(shape) * dtype.itemsize
             if tensors and filled + size > self.bucket_bytes:
-                buckets.append(BucketPlan(tuple(tensors)))
+                yield BucketPlan(tuple(tensors), dtype)
                 tensors, filled = [], 0
-            tensors.append(TensorPlan(name, shape, filled, size, tuple(pieces[name])))
+            tensors.append(TensorPlan(name, shape, filled, size, tuple(self._pieces[name])))
             filled += size
-        buckets.append(BucketPlan(tuple(tensors)))
-        return tuple(buckets)
+        yield BucketPlan(tuple(tensors), dtype)
 
+    @cached_property
     def _pieces(self) -> dict[str, list[Piece]]:
         """Hugging Face name -> its pieces."""
         model, layout = self.model, self.layout
@@ -161,7 +171,9 @@ class ExportPlan:
         rows = self.model.architecture.rows
         for rank in holders(self.layout, section):
             coords = self.layout.coords(rank)
-            place = trainer_place(self.model, self.layout, coords, self.vocab_pad_multiple)
+            place = trainer_place(
+                self.model, self.layout, coords, self.vocab_pad_multiple, self.spec
+            )
             for row, view in section_views(self.model, section, place, rows):
                 for box in view.boxes:
                     key = (box.name, box.start, box.size)

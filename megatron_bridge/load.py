@@ -18,7 +18,11 @@ from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import EMBEDDING, OUTPUT, ModelDescription, Spec
 from megatron_bridge.views import copy_in
 
-TE_MARK = "self_attention.linear_qkv.layer_norm_weight"
+TE_MARKS = (
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight",
+)
+ROUTER_BIAS = "mlp.router.expert_bias"
 
 
 def unwrap(chunk: nn.Module) -> nn.Module:
@@ -34,16 +38,23 @@ def unwrap(chunk: nn.Module) -> nn.Module:
 def detect_spec(chunks: Sequence[nn.Module]) -> Spec:
     """Which layer spec built these model chunks, told from the parameters present."""
     names = (name for chunk in chunks for name, _ in unwrap(chunk).named_parameters())
-    return Spec.TE if any(name.endswith(TE_MARK) for name in names) else Spec.TORCH
+    return Spec.TE if any(name.endswith(TE_MARKS) for name in names) else Spec.TORCH
 
 
 def parameters(chunks: Sequence[nn.Module]) -> dict[tuple[int, str], torch.Tensor]:
-    """(chunk, name) -> parameter, detached: it shares memory and records no gradient."""
-    return {
-        (number, name): parameter.detach()
-        for number, chunk in enumerate(chunks)
-        for name, parameter in unwrap(chunk).named_parameters()
-    }
+    """(chunk, name) -> parameter, detached: it shares memory and records no gradient.
+
+    The correction bias of a router is among them; megatron-core keeps it as a buffer.
+    """
+    found = {}
+    for number, chunk in enumerate(chunks):
+        model = unwrap(chunk)
+        for name, parameter in model.named_parameters():
+            found[number, name] = parameter.detach()
+        for name, buffer in model.named_buffers():
+            if name.endswith(ROUTER_BIAS):
+                found[number, name] = buffer
+    return found
 
 
 def check_model(
@@ -81,10 +92,13 @@ def check_checkpoint(
     """Describe the checkpoint's model; ValueError with all that is wrong with its tensors."""
     model = describe(checkpoint.config)
     derived = [re.compile(pattern) for pattern in model.architecture.derived_tensors]
+    last = model.shape.num_layers
+    beyond = tuple(f"model.layers.{last + n}." for n in range(model.shape.mtp_layers))
     found = {
         name: shape
         for name, shape in checkpoint.shapes.items()
         if not any(pattern.fullmatch(name) for pattern in derived)
+        and not name.startswith(beyond)  # multi-token prediction: no part of the policy
         and not (model.shape.tied and name == OUTPUT)  # compared with the embedding when read
     }
     errors = check(checkpoint.config, layout, vocab_pad_multiple, found)

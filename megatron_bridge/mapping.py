@@ -117,7 +117,11 @@ def held_experts(place: Place) -> range:
 
 
 def trainer_place(
-    model: ModelDescription, layout: Layout, coords: Coords, vocab_pad_multiple: int
+    model: ModelDescription,
+    layout: Layout,
+    coords: Coords,
+    vocab_pad_multiple: int,
+    spec: Spec = Spec.TORCH,
 ) -> Place:
     """What the rules need to know of the trainer rank at `coords`."""
     return Place(
@@ -128,6 +132,7 @@ def trainer_place(
         ep_rank=coords.ep,
         etp=layout.etp,
         etp_rank=coords.etp,
+        te=spec is Spec.TE,
         vocab_multiple=vocab_pad_multiple,
     )
 
@@ -146,7 +151,7 @@ def rank_views(
 ) -> Views:
     """What the trainer rank at `coords` holds: a view for every parameter of its model chunks."""
     model = describe(hf_config)
-    place = trainer_place(model, layout, coords, vocab_pad_multiple)
+    place = trainer_place(model, layout, coords, vocab_pad_multiple, spec)
     rows = model.architecture.rows
     templates = _layer_templates(model, place, rows)
     views: Views = {}
@@ -180,6 +185,11 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) 
     """
     model = describe(hf_config)
     shape = model.shape
+    if not model.architecture.engine_rows:
+        raise ValueError(
+            f"weight_sync.verify=true: how SGLang lays out {model.architecture.name} is not known "
+            "here, so its checksums cannot be compared; set weight_sync.verify=false"
+        )
     if limit := model.architecture.engine_limit(shape):
         raise ValueError(f"SGLang cannot serve this {model.architecture.name}: {limit}")
     fits = shape.num_kv_heads % tp == 0 or (device != "cpu" and tp % shape.num_kv_heads == 0)
@@ -215,6 +225,13 @@ def check_names(model: ModelDescription, found: Mapping[str, Index]) -> list[str
     return sorted(errors)
 
 
+def float32_names(model: ModelDescription) -> set[str]:
+    """Tensors of the checkpoint that stay in float32."""
+    kept = {tensor.name for tensor in model.architecture.tensors if tensor.float32}
+    layers = range(model.shape.num_layers)
+    return {layer_name(name, number) for name in kept for number in layers}
+
+
 def check(
     hf_config: Mapping[str, Any],
     layout: Layout,
@@ -229,7 +246,8 @@ def check(
     """
     model = describe(hf_config)
     errors = _row_errors(model, model.architecture.rows)
-    errors += _row_errors(model, model.architecture.engine_rows)
+    if model.architecture.engine_rows:
+        errors += _row_errors(model, model.architecture.engine_rows)
     errors += _head_errors(model, layout.tp)
     errors += _expert_errors(model, layout)
     errors += _layer_errors(model, layout)

@@ -20,7 +20,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from framework.config import ModelConfig, OptimizerConfig, ParallelConfig
 from framework.megatron.parallel import Mesh
@@ -127,8 +127,11 @@ def transformer_config(
             apex=importlib.util.find_spec(APEX_FUSION) is not None,
         ),
     }
+    if settings.get("rope_type") == "rope":  # the fused kernel for latent attention knows YaRN only
+        settings["apply_rope_fusion"] = False
     settings.update(model.megatron)
-    return TransformerConfig(**settings)
+    latent = settings.get("multi_latent_attention", False)
+    return (MLATransformerConfig if latent else TransformerConfig)(**settings)
 
 
 def build_chunks(

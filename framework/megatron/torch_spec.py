@@ -17,11 +17,20 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import (
+    MLASelfAttention,
+    MLASelfAttentionSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -212,29 +221,82 @@ class TorchSpecProvider(LocalSpecProvider):
         return TorchAttention
 
 
+class TorchLatentAttention(MLASelfAttention):
+    """megatron-core's latent attention with the gradient of the shared rotated key made whole.
+
+    Without Transformer Engine the down-projection to the latent of keys and values is cut over the
+    tensor-parallel ranks. Upstream gathers its output; the gradient that comes back to the rotated
+    part is then only that of a rank's own heads. Here it is summed over the ranks. Can go when
+    upstream does so.
+    """
+
+    def _qkv_down_projection(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[t, 1, h] -> the query's latent and [latent, rotated] of keys and values."""
+        query, part = super()._qkv_down_projection(hidden_states)
+        group = self.pg_collection.tp
+        if group.size() == 1:
+            return query, part
+        whole = gather_from_tensor_model_parallel_region(part, group=group)
+        if self.config.sequence_parallel:  # upstream gathers the sequence and sums on the way back
+            return query, scatter_to_sequence_parallel_region(whole, group=group)
+        sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+        latent, rotated = whole.split(sizes, dim=-1)
+        rotated = copy_to_tensor_model_parallel_region(rotated, group=group)
+        return query, torch.cat([latent, rotated], dim=-1)
+
+
+def _attention(config: TransformerConfig, backend: TorchSpecProvider) -> ModuleSpec:
+    norm, column = backend.layer_norm(), backend.column_parallel_linear()
+    if config.multi_latent_attention:
+        return ModuleSpec(
+            module=TorchLatentAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=MLASelfAttentionSubmodules(
+                linear_q_proj=column,
+                linear_q_down_proj=column,
+                linear_q_up_proj=column,
+                linear_kv_down_proj=column,
+                linear_kv_up_proj=column,
+                core_attention=backend.core_attention(),
+                linear_proj=backend.row_parallel_linear(),
+                q_layernorm=norm,
+                kv_layernorm=norm,
+            ),
+        )
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column,
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=norm if config.qk_layernorm else IdentityOp,
+            k_layernorm=norm if config.qk_layernorm else IdentityOp,
+        ),
+    )
+
+
 def _layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     backend = TorchSpecProvider()
     norm = backend.layer_norm()
     # The checkpoint names of the TE spec, whose norms are fused into the linears.
     bias_dropout_add: Any = get_bias_dropout_add  # annotated upstream as what it returns
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.multi_latent_attention:
+        names = {
+            f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_"
+            for x in ("q", "kv")
+        }
+    else:
+        names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not num_experts:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=backend.column_parallel_linear(),
-                    core_attention=backend.core_attention(),
-                    linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=norm if config.qk_layernorm else IdentityOp,
-                    k_layernorm=norm if config.qk_layernorm else IdentityOp,
-                ),
-            ),
+            self_attention=_attention(config, backend),
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec_for_backend(

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_bridge.models.architecture import Architecture, ModelDescription
+from megatron_bridge.models.deepseek_v3 import DEEPSEEK_V3
+from megatron_bridge.models.glm4_moe import GLM4_MOE
 from megatron_bridge.models.llama import LLAMA
 from megatron_bridge.models.mistral import MISTRAL
 from megatron_bridge.models.mixtral import MIXTRAL
@@ -13,6 +15,8 @@ from megatron_bridge.models.qwen3 import QWEN3
 from megatron_bridge.models.qwen3_moe import QWEN3_MOE
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "Glm4MoeForCausalLM": GLM4_MOE,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "MixtralForCausalLM": MIXTRAL,
@@ -37,6 +41,8 @@ def describe(hf_config: Mapping[str, Any]) -> ModelDescription:
             f"config.json: architecture {names[0]!r} is not supported; supported are "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
+    if architecture.variant is not None:
+        architecture = architecture.variant(hf_config)
     shape, transformer, gpt = architecture.read_config(hf_config)
     return ModelDescription(
         architecture=architecture, shape=shape, transformer=transformer, gpt=gpt

@@ -59,6 +59,19 @@ MOE_LAYER = frozenset({Section.LAYER, Section.MOE, Section.EXPERT})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttention:
+    """Widths of multi-head latent attention (MLA)."""
+
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    """Of a head's query and key, not rotated."""
+    rope_dim: int
+    """The rest of them, rotated; the key's is one for all heads."""
+    value_dim: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """The numbers that weight shapes are made of."""
 
@@ -77,6 +90,10 @@ class ModelShape:
     """Width of the expert that sees every token; 0 where there is none."""
     moe_layers: frozenset[int] = frozenset()
     """Numbers of the layers with experts."""
+    mtp_layers: int = 0
+    """Multi-token prediction layers that the checkpoint may hold beyond the others; not trained."""
+    latent: LatentAttention | None = None
+    """None: grouped-query attention."""
 
     def layer_sections(self, layer: int) -> frozenset[Section]:
         """The sections that layer `layer` is made of."""
@@ -100,6 +117,8 @@ class Place:
     ep_rank: int = 0
     etp: int = 1
     etp_rank: int = 0
+    te: bool = False
+    """The model was built by Transformer Engine's layer spec."""
     vocab_multiple: int = 1
     """Megatron's padded vocabularies are a multiple of this times tp."""
     ffn_multiple: int = 1
@@ -135,6 +154,8 @@ class HfTensor:
     section: Section
     name: str
     shape: Callable[[ModelShape], tuple[int, ...]]
+    float32: bool = False
+    """Stays in float32 whatever the type of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +182,9 @@ class Architecture:
     rows: tuple[Row, ...]
     """Megatron's parameters."""
     engine_rows: tuple[Row, ...]
-    """SGLang's parameters."""
+    """SGLang's parameters; none where their layout is not known here: no push can be verified."""
+    variant: Callable[[Mapping[str, Any]], "Architecture"] | None = None
+    """Chooses by config.json among tables that differ in their rows."""
     derived_tensors: tuple[str, ...] = ()
     """Regular expressions of checkpoint tensors that hold no weights (saved rotary tables)."""
     engine_limit: Callable[[ModelShape], str] = lambda shape: ""
@@ -176,6 +199,11 @@ def replicate(place: Place, tensor: View) -> View:
 def column(place: Place, tensor: View) -> View:
     """Cut along the output dimension."""
     return shard(tensor, 0, place.tp, place.tp_rank)
+
+
+def column_unless_te(place: Place, tensor: View) -> View:
+    """A latent's down-projection: whole on every rank in Transformer Engine's spec, else cut."""
+    return tensor if place.te else column(place, tensor)
 
 
 def row(place: Place, tensor: View) -> View:

@@ -70,6 +70,16 @@ class ConfigFields:
             return 1
         return value
 
+    def count(self, name: str) -> int:
+        """An integer of at least 0; 0 where absent."""
+        value = self.value(name)
+        if value is None:
+            return 0
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            self.complain(f"{name} is {value!r}; it must be an integer of at least 0")
+            return 0
+        return value
+
     def number(self, name: str, default: float) -> float:
         """A positive number."""
         self._known.add(name)
@@ -123,17 +133,16 @@ class ConfigFields:
             )
 
 
-def read_rope(fields: ConfigFields, default_theta: float) -> dict[str, Any]:
-    """GPTModel's rotary arguments, from transformers 5's rope_parameters or the older two fields.
-
-    Llama 3's scaling is supported with the constants that megatron-core 0.19.2 fixes.
+def _rope_fields(fields: ConfigFields) -> tuple[float | None, dict[str, Any], set[str]]:
+    """rope_theta, the other rope parameters and their types, from transformers 5's one field or
+    the older two.
     """
     theta, scaling = fields.value("rope_theta"), fields.value("rope_scaling")
     parameters = fields.value("rope_parameters")
     for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if value is not None and not isinstance(value, Mapping):
             fields.complain(f"{name} is {value!r}; it must be an object")
-            return {}
+            return theta, {}, {"default"}
     rope = dict(scaling or {}) if parameters is None else dict(parameters)
     if parameters is not None:
         if theta is not None and rope.get("rope_theta", theta) != theta:
@@ -143,15 +152,33 @@ def read_rope(fields: ConfigFields, default_theta: float) -> dict[str, Any]:
         if scaling and any(rope.get(key) != value for key, value in scaling.items()):
             fields.complain("rope_scaling and rope_parameters disagree")
     theta = rope.pop("rope_theta", theta)
-    theta = default_theta if theta is None else theta
     kinds = {str(rope.pop(key)) for key in ("rope_type", "type") if key in rope} or {"default"}
+    return theta, rope, kinds
+
+
+def read_rope(
+    fields: ConfigFields, default_theta: float, default_partial: float = 1.0
+) -> dict[str, Any]:
+    """GPTModel's rotary arguments.
+
+    Llama 3's scaling is supported with the constants that megatron-core 0.19.2 fixes; a head that
+    is rotated in part only where default_partial says that the family has such.
+    """
+    theta, rope, kinds = _rope_fields(fields)
+    given = [rope.pop("partial_rotary_factor", None)]
+    if default_partial != 1.0:
+        given.append(fields.value("partial_rotary_factor"))  # transformers 5 saves both
+    found = {value for value in given if value is not None} or {default_partial}
+    if len(found) > 1:
+        fields.complain("partial_rotary_factor and rope_parameters disagree")
+    partial = max(found)
+    if partial != 1.0 and default_partial == 1.0:
+        fields.complain("rope_parameters.partial_rotary_factor other than 1.0 is not supported")
     arguments: dict[str, Any] = {
         "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
-        "rotary_base": fields.positive("rope_theta", theta),
+        "rotary_percent": fields.positive("partial_rotary_factor", partial),
+        "rotary_base": fields.positive("rope_theta", default_theta if theta is None else theta),
     }
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        fields.complain("rope_parameters.partial_rotary_factor other than 1.0 is not supported")
     if kinds == {"llama3"}:
         factor = fields.positive("rope_parameters.factor", rope.pop("factor", None))
         arguments |= {"rope_scaling": True, "rope_scaling_factor": factor}
@@ -166,6 +193,41 @@ def read_rope(fields: ConfigFields, default_theta: float) -> dict[str, Any]:
                 fields.complain(
                     f"rope_parameters.{key} is {value!r}; megatron-core computes {wanted!r} only"
                 )
+    elif kinds != {"default"}:
+        fields.complain(f"rope type {', '.join(map(repr, sorted(kinds)))} is not supported")
+        return arguments
+    for key, value in rope.items():
+        if value is not None:
+            fields.complain(f"rope_parameters.{key} = {value!r} is not known")
+    return arguments
+
+
+def read_latent_rope(fields: ConfigFields, default_theta: float) -> dict[str, Any]:
+    """MLATransformerConfig's rotary arguments: none, or YaRN as DeepSeek-V3 has it."""
+    theta, rope, kinds = _rope_fields(fields)
+    arguments: dict[str, Any] = {
+        "rope_type": "rope",
+        "rotary_base": fields.positive("rope_theta", default_theta if theta is None else theta),
+        "rotary_percent": 1.0,
+    }
+    if kinds == {"yarn"}:
+        arguments |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": fields.positive(
+                "rope_parameters.factor", rope.pop("factor", None)
+            ),
+            "beta_fast": fields.positive("rope_parameters.beta_fast", rope.pop("beta_fast", 32)),
+            "beta_slow": fields.positive("rope_parameters.beta_slow", rope.pop("beta_slow", 1)),
+            "mscale": fields.positive("rope_parameters.mscale", rope.pop("mscale", 1.0)),
+            "original_max_position_embeddings": int(
+                fields.positive(
+                    "rope_parameters.original_max_position_embeddings",
+                    rope.pop("original_max_position_embeddings", None),
+                )
+            ),
+        }
+        every = rope.pop("mscale_all_dim", None)
+        arguments["mscale_all_dim"] = fields.positive("rope_parameters.mscale_all_dim", every)
     elif kinds != {"default"}:
         fields.complain(f"rope type {', '.join(map(repr, sorted(kinds)))} is not supported")
         return arguments

@@ -153,9 +153,8 @@ DEEPSEEK_V3 = Architecture(
         Row(
             Section.LAYER,
             "self_attention.linear_q_down_proj.weight",
-            column,
+            column_unless_te,
             (Q_DOWN,),
-            te_rule=replicate,
         ),
         Row(
             Section.LAYER,
@@ -168,9 +167,8 @@ DEEPSEEK_V3 = Architecture(
         Row(
             Section.LAYER,
             "self_attention.linear_kv_down_proj.weight",
-            column,
+            column_unless_te,
             (KV_DOWN,),
-            te_rule=replicate,
         ),
         Row(
             Section.LAYER,

@@ -46,11 +46,13 @@ def read_dense_config(
     qk_layernorm: bool,
     eps: float = 1e-6,
     theta: float = 10000.0,
+    attention_bias: bool = False,
+    partial_rotary: float = 1.0,
 ) -> tuple[ModelShape, dict[str, Any], dict[str, Any]]:
     """Shape, TransformerConfig and GPTModel arguments of the dense family.
 
-    head_dim, kv_heads, eps, theta: what transformers takes for an absent field (None: the field is
-    needed).
+    head_dim, kv_heads, eps, theta, partial_rotary: what transformers takes for an absent field
+    (None: the field is needed). attention_bias: the only value that is supported.
     """
     shape = ModelShape(
         num_layers=fields.integer("num_hidden_layers"),
@@ -70,7 +72,7 @@ def read_dense_config(
     if shape.head_dim % 2:
         fields.complain(f"head_dim = {shape.head_dim} is odd; rotary positions need pairs")
     fields.must_be("hidden_act", "silu")
-    fields.must_be("attention_bias", False)
+    fields.must_be("attention_bias", attention_bias)
     fields.must_be("mlp_bias", False)
     fields.must_be("is_encoder_decoder", False)
     transformer = {
@@ -92,7 +94,7 @@ def read_dense_config(
     }
     gpt = {
         "share_embeddings_and_output_weights": shape.tied,
-        **read_rope(fields, default_theta=theta),
+        **read_rope(fields, default_theta=theta, default_partial=partial_rotary),
     }
     return shape, transformer, gpt
 

@@ -45,19 +45,20 @@ def refuse_sliding_windows(fields: ConfigFields) -> None:
         fields.complain(f"layer_types has {', '.join(others)}; only full_attention is supported")
 
 
+QK_NORM_TENSORS = (
+    HfTensor(Section.LAYER, Q_NORM, lambda s: (s.head_dim,)),
+    HfTensor(Section.LAYER, K_NORM, lambda s: (s.head_dim,)),
+)
+QK_NORM_ROWS = (
+    Row(Section.LAYER, "self_attention.q_layernorm.weight", replicate, (Q_NORM,)),
+    Row(Section.LAYER, "self_attention.k_layernorm.weight", replicate, (K_NORM,)),
+)
+
 QWEN3 = Architecture(
     name="Qwen3ForCausalLM",
     read_config=read_config,
-    tensors=(
-        *LLAMA_TENSORS,
-        HfTensor(Section.LAYER, Q_NORM, lambda s: (s.head_dim,)),
-        HfTensor(Section.LAYER, K_NORM, lambda s: (s.head_dim,)),
-    ),
-    rows=(
-        *LLAMA_ROWS,
-        Row(Section.LAYER, "self_attention.q_layernorm.weight", replicate, (Q_NORM,)),
-        Row(Section.LAYER, "self_attention.k_layernorm.weight", replicate, (K_NORM,)),
-    ),
+    tensors=(*LLAMA_TENSORS, *QK_NORM_TENSORS),
+    rows=(*LLAMA_ROWS, *QK_NORM_ROWS),
     engine_rows=(
         *LLAMA_ENGINE_ROWS,
         Row(Section.LAYER, Q_NORM, replicate, (Q_NORM,)),

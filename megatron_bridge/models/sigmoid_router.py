@@ -1,7 +1,7 @@
-"""The router of DeepSeek-V3 and its kin: sigmoid scores, a correction bias, groups, shared experts.
+"""The router of DeepSeek-V3 and its kin: sigmoid scores, a correction bias, shared experts.
 
-The bias chooses experts and does not weigh them; it is a buffer in Megatron and stays in float32. It
-was balanced in pre-training and is not moved here (arXiv 2412.19437, sec. 2.1.2).
+The bias chooses experts and does not weigh them; it is a buffer in Megatron and stays in float32.
+Pre-training balanced it; it is not moved here (arXiv 2412.19437, sec. 2.1.2).
 """
 
 from dataclasses import replace
@@ -40,8 +40,6 @@ ROWS = (
     Row(Section.MOE, "mlp.shared_experts.linear_fc1.weight", gated, SHARED_GATE_UP),
     Row(Section.MOE, "mlp.shared_experts.linear_fc2.weight", row, (SHARED_DOWN,)),
 )
-MTP_TENSORS = (r"model\.layers\.(?:{layers})\..*",)
-"""Multi-token prediction layers, numbered after the others: not part of the policy."""
 
 
 def read_sigmoid_experts(

@@ -34,6 +34,37 @@ EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
 }
 
+SIGMOID_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,  # what transformers rotates
+}
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 32,
+}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3_untied": ("Qwen3", {"tie_word_embeddings": False}),
@@ -64,6 +95,35 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **SIGMOID_EXPERTS,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "glm4_moe_air": (
+        "Glm4Moe",
+        {**SIGMOID_EXPERTS, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **SIGMOID_EXPERTS,
+            **LATENT,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": YARN,
+        },
+    ),
+    "deepseek_v3_rope": (
+        "DeepseekV3",
+        {**SIGMOID_EXPERTS, **LATENT, "n_group": 1, "topk_group": 1},
+    ),
     "llama3": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
 }
 
@@ -74,7 +134,7 @@ def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
 
     family, settings = MODELS[name]
     config = getattr(transformers, f"{family}Config")(
-        **{**SIZES, **sizes}, **settings, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        **{**SIZES, **settings, **sizes}, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
@@ -84,6 +144,9 @@ def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # enough to change what is chosen
+                buffer.copy_(0.2 * torch.randn_like(buffer))
         model.save_pretrained(path)
         return model(TOKENS).logits
 
@@ -106,7 +169,7 @@ def create_patterned_model(name: str, path: Path, **sizes: Any) -> dict[str, tor
 
     family, settings = MODELS[name]
     config = getattr(transformers, f"{family}Config")(
-        **{**SIZES, **sizes}, **settings, architectures=[f"{family}ForCausalLM"]
+        **{**SIZES, **settings, **sizes}, architectures=[f"{family}ForCausalLM"]
     )
     config.save_pretrained(path)
     tensors = patterned(hf_shapes(config.to_dict()))
