@@ -51,7 +51,7 @@ def check_config(config: RunConfig) -> list[str]:
     errors += cluster_errors(config)
     errors += passthrough_errors(config)
     # Last, and only where all else is right: it imports the environment's package.
-    return errors or list(_task(config))
+    return errors or [*_own_weights(config), *_task(config)]
 
 
 def _mode_and_stage(config: RunConfig) -> Iterator[str]:
@@ -231,6 +231,11 @@ def _weights(key: str, path: str) -> Iterator[str]:
     else:
         if not any(Path(path).expanduser().glob("*.safetensors")):
             yield f"{key}={path}: no *.safetensors in it"
+
+
+def _own_weights(config: RunConfig) -> Iterator[str]:
+    if not config.model.init_from and not config.dry_run:
+        yield from _weights("model.hf_path", config.model.hf_path)
 
 
 def _paths(config: RunConfig) -> Iterator[str]:

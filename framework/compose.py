@@ -26,6 +26,9 @@ from framework.config import RunConfig
 from framework.config_fields import config_fields, nearest, open_dict_of
 
 CONFIG_MODULE = "hydra_configs"
+HF_CONFIGS = "hf_configs/"
+"""A model.hf_path that begins so is one of the config.json files that come with us, without
+weights: enough for dry_run."""
 
 
 class ConfigError(ValueError):
@@ -84,6 +87,9 @@ def compose_config(overrides: Sequence[str], config_dir: str = "") -> RunConfig:
     finally:
         GlobalHydra.instance().clear()
     assert isinstance(config, RunConfig)
+    if config.model.hf_path.startswith(HF_CONFIGS):
+        root = Path(str(resources.files(CONFIG_MODULE)))
+        config.model.hf_path = str(root / "model" / config.model.hf_path)
     config.run_dir = str(Path(config.run_dir or f"runs/{config.name}").expanduser().absolute())
     return config
 

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from framework.config import ParallelConfig, RunConfig
 from framework.model_shape import ModelShape
 
+WITHOUT_ENGINE_TABLE = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
+"""Architectures whose weights can be pushed but not compared tensor by tensor."""
+
 
 def layout_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     """One line for everything in `parallel` and `rollout.engine.tp` that this model rules out."""
@@ -28,6 +31,11 @@ def layout_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         yield (
             f"model.hf_path={config.model.hf_path}: SGLang serves Qwen3-MoE only with experts in "
             "every layer and tie_word_embeddings=false"
+        )
+    if engines and shape.architecture in WITHOUT_ENGINE_TABLE and config.weight_sync.verify:
+        yield (
+            f"weight_sync.verify=True: SGLang's layout of {shape.architecture} is not known here, "
+            "so its checksums cannot be compared with ours; set it to false"
         )
     if not config.model.hf_path:
         yield from _tiny(config)

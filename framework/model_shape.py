@@ -95,6 +95,8 @@ def _from_hf(values: dict[str, Any], where: str) -> ModelShape:
     if not hidden or not heads:
         raise ValueError(f"{where}: hidden_size and num_attention_heads must be positive")
     architectures = values.get("architectures") or [""]
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = max(number(name, 0) for name in names)
     return ModelShape(
         architecture=str(architectures[0]),
         num_layers=number("num_hidden_layers"),
@@ -105,10 +107,11 @@ def _from_hf(values: dict[str, Any], where: str) -> ModelShape:
         ffn_size=number("intermediate_size"),
         vocab_size=number("vocab_size"),
         tied=bool(values.get("tie_word_embeddings", False)),
-        num_experts=(experts := number("num_experts", number("num_local_experts", 0))),
+        num_experts=experts,
         expert_ffn_size=number("moe_intermediate_size", number("intermediate_size")),
         has_dense_layers=not experts
         or bool(values.get("mlp_only_layers"))
-        or number("decoder_sparse_step", 1) > 1,
+        or number("decoder_sparse_step", 1) > 1
+        or number("first_k_dense_replace", 0) > 0,
         max_positions=number("max_position_embeddings", 0),
     )

@@ -27,6 +27,35 @@ MOE: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
+SIGMOID: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+}
+GLM: dict[str, Any] = {
+    **DENSE,
+    **SIGMOID,
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "use_qk_norm": True,
+}
+DEEPSEEK: dict[str, Any] = {
+    **DENSE,
+    **SIGMOID,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+}
 LLAMA: dict[str, Any] = {**DENSE, "architectures": ["LlamaForCausalLM"]}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": DENSE,
@@ -34,6 +63,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_deep": {**DENSE, "num_hidden_layers": 8},
     "llama": LLAMA,
     "llama_tied": {**LLAMA, "tie_word_embeddings": True},
+    "glm": GLM,
+    "deepseek": DEEPSEEK,
     "moe": MOE,
     "moe_mixed": {**MOE, "tie_word_embeddings": True, "mlp_only_layers": [1]},
 }
@@ -142,6 +173,12 @@ CASES = [
     _case("moe", SP, tp=2, pp=2, dp=2, ep=2, etp=2),
     _case("moe", SP, OPT, tp=2, cp=2, dp=2, ep=4, etp=2),
     _case("moe_mixed", SP, OPT, OVERLAP, tp=2, pp=2, vpp=2, cp=2, ep=4),
+    _case("glm", SP, tp=2, ep=2),
+    _case("glm", OPT, pp=2, vpp=2, cp=2, ep=2),
+    _case("deepseek", SP, tp=2),
+    _case("deepseek", SP, tp=2, cp=2, ci=True),
+    _case("deepseek", cp=2),
+    _case("deepseek", SP, OPT, tp=2, pp=2, dp=2, ep=4),
     _case("qwen3", cp=2, objective="gspo", ci=True),
     _case("qwen3", OPT, OVERLAP, dp=2, objective="kl"),
     *(

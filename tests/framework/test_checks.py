@@ -226,6 +226,9 @@ def test_layout_is_checked_against_the_models_own_shape(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     model = f"model.hf_path={tmp_path}"
+    (error,) = check_config(compose_config([model, "parallel.tp=3", "parallel.pp=5"]))
+    assert error == f"{model}: no *.safetensors in it"
+    (tmp_path / "model.safetensors").touch()
     assert check_config(compose_config([model, "parallel.tp=3", "parallel.pp=5"])) == []
     # 9 heads in 9 parts is fine (more parts than key-value heads, a multiple of them), 1536 is not.
     (error,) = check_config(compose_config([model, "parallel.tp=9"]))
@@ -234,20 +237,6 @@ def test_layout_is_checked_against_the_models_own_shape(tmp_path: Path) -> None:
     assert error == "parallel.pp=4: does not divide the model's 30 layers"
 
 
-QWEN3_30B_A3B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "hidden_size": 2048,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_hidden_layers": 48,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-}
 EXPERT_LAYOUTS = [
     ({"tp": 4, "sequence_parallel": "true", "ep": 8, "dp": 4}, ""),
     ({"tp": 2, "sequence_parallel": "true", "ep": 4, "etp": 2, "dp": 4, "pp": 2, "vpp": 4}, ""),
@@ -264,14 +253,21 @@ EXPERT_LAYOUTS = [
 
 
 @pytest.mark.parametrize(("sizes", "named"), EXPERT_LAYOUTS)
-def test_layouts_of_experts_and_stages(sizes: dict, named: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+def test_layouts_of_experts_and_stages(sizes: dict, named: str) -> None:
     arguments = [f"parallel.{key}={value}" for key, value in sizes.items()]
-    arguments += ["rollout.prompts_per_step=64", f"model.hf_path={tmp_path}"]
+    arguments += ["rollout.prompts_per_step=64", "model.hf_path=hf_configs/qwen3_30b_a3b"]
+    arguments += ["dry_run=true"]  # without weights
     errors = check_config(compose_config(arguments))
     assert bool(errors) == bool(named), errors
     assert all(named in error or "parallel." in error for error in errors)
     assert any(named in error for error in errors) == bool(named)
+
+
+def test_weights_that_cannot_be_verified_are_not_called_verified() -> None:
+    model = ["model.hf_path=hf_configs/glm_4_5", "dry_run=true"]
+    (error,) = check_config(compose_config(model))
+    assert error.startswith("weight_sync.verify=True: SGLang's layout of Glm4MoeForCausalLM is not")
+    assert check_config(compose_config([*model, "weight_sync.verify=false"])) == []
 
 
 @pytest.mark.parametrize("layout", ["single", "dp2", "tp2", "pp2"])
