@@ -15,6 +15,7 @@ from framework.config import RunConfig
 from framework.field_rules import field_errors
 from framework.launch.resume import resume_errors
 from framework.layout_checks import layout_errors
+from framework.memory_checks import memory_errors
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
 from rollout.data import PromptStream
@@ -45,7 +46,10 @@ def check_config(config: RunConfig) -> list[str]:
     except ValueError as error:
         errors.append(str(error))
     else:
-        errors += layout_errors(config, shape)
+        wrong_layout = list(layout_errors(config, shape))
+        errors += wrong_layout
+        # Layers of a stage can be counted only where the stages are right.
+        errors += [] if wrong_layout else memory_errors(config, shape)
         errors += _lengths(config, shape)
     errors += _paths(config)
     errors += cluster_errors(config)

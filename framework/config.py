@@ -35,6 +35,12 @@ class ModelConfig:
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     dtype: str = "float32"
     """float32 | bfloat16: parameters and activations of the trainer (gradients stay fp32)."""
+    fp8: str = "none"
+    """none | hybrid (e4m3 forward, e5m2 backward) | e4m3: the trainer's matrix products, by
+    Transformer Engine; needs dtype=bfloat16."""
+    fp8_recipe: str = "blockwise"
+    """How values are scaled into fp8: tensorwise | delayed | blockwise (Hopper) | mxfp8
+    (Blackwell)."""
     vocab_pad_multiple: int = 8
     """The vocabulary is padded to a multiple of this times tp."""
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +82,23 @@ class ParallelConfig:
     def layout(self) -> Layout:
         """The same as ranks and coordinates; ValueError where the sizes do not fit each other."""
         return Layout(**{each.name: getattr(self, each.name) for each in fields(Layout)})
+
+
+@dataclass(kw_only=True, slots=True)
+class MemoryConfig:
+    """What is computed twice so that less is kept; results stay the same."""
+
+    recompute: str = "none"
+    """none | selective: the activations of recompute_modules in every layer are not kept but
+    computed again in the backward pass | full: of whole layers only the input is kept."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """With selective: any of core_attn, mlp, layernorm, moe, moe_act, shared_experts,
+    mla_up_proj."""
+    recompute_method: str = "uniform"
+    """With full: uniform (all layers, in units of recompute_layers) | block (only the first
+    recompute_layers layers of a pipeline stage)."""
+    recompute_layers: int = 1
+    """With full: layers of a unit (uniform), or layers of a stage that are recomputed (block)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -258,6 +281,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -126,7 +126,15 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
         elif not references or algorithm.reference:
             load(first)
 
-    policy = build_policy(hf_config, model, config.parallel, config.optimizer, mesh, load_weights)
+    policy = build_policy(
+        hf_config,
+        model,
+        config.parallel,
+        config.optimizer,
+        mesh,
+        load_weights,
+        config.memory,
+    )
     if found is not None:
         load_checkpoint(found, policy, mesh)
     return policy, references[0] if references else None

@@ -22,7 +22,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from framework.config import ModelConfig, OptimizerConfig, ParallelConfig
+from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from framework.megatron.parallel import Mesh
 from framework.megatron.torch_spec import torch_block_spec
 from megatron_bridge.layout import padded_vocab_size
@@ -85,13 +85,37 @@ def machine_settings(*, gpu: bool, transformer_engine: bool, apex: bool) -> dict
     }
 
 
+def memory_settings(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
+    """TransformerConfig's fields of recomputation and fp8."""
+    settings: dict[str, Any] = {}
+    if memory.recompute != "none":
+        settings["recompute_granularity"] = memory.recompute
+    if memory.recompute == "selective":
+        settings["recompute_modules"] = list(memory.recompute_modules)
+    if memory.recompute == "full":
+        settings["recompute_method"] = memory.recompute_method
+        settings["recompute_num_layers"] = memory.recompute_layers
+    if model.fp8 != "none":
+        settings["fp8"] = model.fp8
+        settings["fp8_recipe"] = model.fp8_recipe
+    return settings
+
+
 def transformer_config(
-    hf_config: dict[str, Any], model: ModelConfig, parallel: ParallelConfig
+    hf_config: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    memory: MemoryConfig | None = None,
 ) -> TransformerConfig:
     """megatron-core's configuration: the architecture's table, the layout, and this machine.
 
     `model.megatron` overrides last. Dropout is 0: the trainer computes what the engine computes.
+
+    Raises:
+        ValueError: fp8 is wanted where Transformer Engine cannot run.
     """
+    if model.fp8 != "none" and not uses_transformer_engine():
+        raise ValueError(f"model.fp8={model.fp8}: needs transformer_engine and a GPU")
     dtype = DTYPES[model.dtype]
     interleaved = parallel.vpp > 1
     settings: dict[str, Any] = {
@@ -126,6 +150,7 @@ def transformer_config(
             transformer_engine=uses_transformer_engine(),
             apex=importlib.util.find_spec(APEX_FUSION) is not None,
         ),
+        **memory_settings(model, memory or MemoryConfig()),
     }
     if settings.get("rope_type") == "rope":  # the fused kernel for latent attention knows YaRN only
         settings["apply_rope_fusion"] = False
@@ -172,6 +197,7 @@ def build_policy(
     optimizer: OptimizerConfig,
     mesh: Mesh,
     load_weights: Any,
+    memory: MemoryConfig | None = None,
 ) -> Policy:
     """Build, load and wrap the policy.
 
@@ -179,7 +205,7 @@ def build_policy(
         load_weights: called with the bare chunks before the optimizer copies their parameters.
     """
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    config = transformer_config(hf_config, model, parallel)
+    config = transformer_config(hf_config, model, parallel, memory)
     chunks = build_chunks(hf_config, config, model.vocab_pad_multiple)
     load_weights(chunks)
     ddp = DistributedDataParallelConfig(
