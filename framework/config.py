@@ -92,8 +92,8 @@ class MemoryConfig:
     """none | selective: the activations of recompute_modules in every layer are not kept but
     computed again in the backward pass | full: of whole layers only the input is kept."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """With selective: any of core_attn, mlp, layernorm, moe, moe_act, shared_experts,
-    mla_up_proj."""
+    """With selective: any of megatron-core's recompute_modules (core_attn, mlp, moe,
+    shared_experts, and with Transformer Engine layernorm, moe_act, mla_up_proj)."""
     recompute_method: str = "uniform"
     """With full: uniform (all layers, in units of recompute_layers) | block (only the first
     recompute_layers layers of a pipeline stage)."""

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from framework.megatron.parallel import Mesh
 from framework.megatron.torch_spec import torch_block_spec
+from framework.memory_checks import WITHOUT_OUTPUT
 from megatron_bridge.layout import padded_vocab_size
 from megatron_bridge.models import describe
 
@@ -112,10 +113,18 @@ def transformer_config(
     `model.megatron` overrides last. Dropout is 0: the trainer computes what the engine computes.
 
     Raises:
-        ValueError: fp8 is wanted where Transformer Engine cannot run.
+        ValueError: fp8 or a recomputation is wanted that only Transformer Engine can do.
     """
-    if model.fp8 != "none" and not uses_transformer_engine():
-        raise ValueError(f"model.fp8={model.fp8}: needs transformer_engine and a GPU")
+    memory = memory or MemoryConfig()
+    if not uses_transformer_engine():
+        if model.fp8 != "none":
+            raise ValueError(f"model.fp8={model.fp8}: needs transformer_engine and a GPU")
+        named = set(WITHOUT_OUTPUT) & set(memory.recompute_modules)
+        if memory.recompute == "selective" and named:
+            raise ValueError(
+                f"memory.recompute_modules={memory.recompute_modules}: "
+                f"{', '.join(sorted(named))}: needs transformer_engine and a GPU"
+            )
     dtype = DTYPES[model.dtype]
     interleaved = parallel.vpp > 1
     settings: dict[str, Any] = {
@@ -150,7 +159,7 @@ def transformer_config(
             transformer_engine=uses_transformer_engine(),
             apex=importlib.util.find_spec(APEX_FUSION) is not None,
         ),
-        **memory_settings(model, memory or MemoryConfig()),
+        **memory_settings(model, memory),
     }
     if settings.get("rope_type") == "rope":  # the fused kernel for latent attention knows YaRN only
         settings["apply_rope_fusion"] = False

@@ -26,6 +26,7 @@ from framework.config import (
     AlgorithmConfig,
     BatchConfig,
     GateConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -221,6 +222,7 @@ def train(root: Path, rank: int, case: Case) -> None:
         num_steps=NUM_STEPS,
         model=ModelConfig(hf_path=str(hf_dir)),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
+        memory=MemoryConfig(**case.memory),
         algorithm=AlgorithmConfig(updates_per_step=UPDATES_PER_STEP, **OBJECTIVES[case.objective]),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
         batch=BatchConfig(max_tokens_per_microbatch=96),
@@ -238,7 +240,13 @@ def train(root: Path, rank: int, case: Case) -> None:
             references.append(Reference(chunks, on_host=True))
 
     policy = build_policy(
-        hf_config, config.model, config.parallel, config.optimizer, mesh, load_weights
+        hf_config,
+        config.model,
+        config.parallel,
+        config.optimizer,
+        mesh,
+        load_weights,
+        config.memory,
     )
     if case.planted:
         for parameter in policy.chunks[0].parameters():

@@ -94,6 +94,10 @@ SHORT = {
     "distributed_optimizer": "distopt",
     "first_stage_layers": "first",
     "last_stage_layers": "last",
+    "recompute": "recompute ",
+    "recompute_modules": "",
+    "recompute_method": "",
+    "recompute_layers": "",
 }
 
 
@@ -106,6 +110,8 @@ class Case:
     """Fields of `parallel` other than their defaults."""
     ci: bool = False
     """Run for every change; the others at night."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Fields of `memory` other than their defaults; the rank compared with recomputes nothing."""
     planted: bool = False
     """With the mistake that `PLANTED` describes."""
     objective: str = "grpo"
@@ -115,8 +121,10 @@ class Case:
     def name(self) -> str:
         """`qwen3 tp2 sp`; one rank: `qwen3`."""
         parts = [self.model] if self.objective == "grpo" else [self.model, self.objective]
-        for key, value in self.parallel.items():
-            parts.append(SHORT.get(key, key) + ("" if value is True else str(value)))
+        for key, value in [*self.parallel.items(), *self.memory.items()]:
+            shown = "" if value is True else value
+            shown = "+".join(value) if isinstance(value, list) else shown
+            parts.append(f"{SHORT.get(key, key)}{shown}".strip())
         return " ".join([*parts, *["planted"] * self.planted])
 
     @property
@@ -131,6 +139,10 @@ class Case:
 def _case(model: str, *flags: str, ci: bool = False, objective: str = "grpo", **sizes: int) -> Case:
     return Case(model, {**sizes, **dict.fromkeys(flags, True)}, ci, objective=objective)
 
+
+FULL = {"recompute": "full", "recompute_method": "block", "recompute_layers": 1}
+PARTS = {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}
+MOE_PARTS = {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}
 
 SP, OPT, OVERLAP = "sequence_parallel", "distributed_optimizer", "overlap"
 
@@ -187,6 +199,12 @@ CASES = [
         if objective != "grpo"
         for flags, sizes in (((SP,), {"tp": 2, "cp": 2}), ((OPT,), {"pp": 2, "dp": 2}))
     ),
+    Case("llama", {}, ci=True, memory={"recompute": "full"}),
+    Case("moe", {"dp": 2, "ep": 2}, ci=True, memory=MOE_PARTS),
+    Case("qwen3_tied", {}, memory=PARTS),
+    Case("llama", {}, memory={**FULL, "recompute_layers": 3}),
+    Case("qwen3_tied", {"tp": 2, SP: True, "pp": 2, "vpp": 2}, memory=FULL),
+    Case("qwen3", {"tp": 2, SP: True, "cp": 2, "dp": 2, OPT: True, OVERLAP: True}, memory=PARTS),
 ]
 
 PLANTED = Case("qwen3_tied", {"tp": 2, SP: True}, ci=True, planted=True)
