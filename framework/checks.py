@@ -59,6 +59,12 @@ def check_config(config: RunConfig) -> list[str]:
 
 
 def _mode_and_stage(config: RunConfig) -> Iterator[str]:
+    if config.dry_run_rank >= 0 and not config.dry_run:
+        yield f"dry_run_rank={config.dry_run_rank}: needs dry_run=true"
+    if not -1 <= config.dry_run_rank < config.parallel.world_size:
+        yield (
+            f"dry_run_rank={config.dry_run_rank}: the layout has {config.parallel.world_size} ranks"
+        )
     if config.stage == "sft" and config.mode != "train":
         yield f"mode={config.mode}: stage=sft knows only mode=train"
     if config.stage == "sft" and config.warm_start.num_steps:

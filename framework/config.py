@@ -235,6 +235,8 @@ class ClusterConfig:
     """local: this machine | slurm: one sbatch job | manual: write the run directory, tell how."""
     num_nodes: int = 1
     gpus_per_node: int = 8
+    gpu: str = "H100"
+    """Kind of GPU that dry_run plans for, a row of framework.gpus.GPUS."""
     cpus_per_task: int = 8
     trainer_nodes: int = 1
     engine_nodes: int = 0
@@ -278,6 +280,10 @@ class RunConfig:
     replay_dir: str = ""
     """For mode=train_only: the rollouts/ directory of an earlier run."""
     dry_run: bool = False
+    """Show what would run: configuration, ranks, memory, traffic, script; start nothing."""
+    dry_run_rank: int = -1
+    """With dry_run also let megatron-core build this rank, without memory, and compare it with the
+    weight table; -1: none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -29,6 +29,7 @@ CHOICES = {
     "algorithm.reference_on": ("host", "device"),
     "batch.overlong": ("refuse", "truncate"),
     "weight_sync.pause_mode": ("retract", "in_place"),
+    "cluster.gpu": ("A100", "H100", "H200", "B200"),
     "cluster.launcher": ("local", "slurm", "manual"),
 }
 POSITIVE = (

@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         from framework.plan import describe_run
 
-        print(describe_run(config))
+        try:
+            print(describe_run(config))
+        except ValueError as error:
+            print(f"drivetrain: {error}", file=sys.stderr)
+            return EXIT_REFUSED
         return 0
     try:
         return start_run(config)

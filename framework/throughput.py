@@ -5,14 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from framework.flops import TrainingFlops
-
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-"""Dense bf16 operations a second of one GPU, by a part of its name (the makers' data sheets)."""
+from framework.gpus import GPUS
 
 
 def device_peak_flops(name: str) -> float | None:
-    """The peak of the device called `name`; None where we know of none (a CPU)."""
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    """Dense bf16 operations a second of the device called `name`; None where we know of none."""
+    return next((gpu.peak_bf16_flops for part, gpu in GPUS.items() if part in name), None)
 
 
 def train_figures(

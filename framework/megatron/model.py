@@ -81,6 +81,7 @@ def machine_settings(*, gpu: bool, transformer_engine: bool, apex: bool) -> dict
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "bias_dropout_fusion": gpu,
+        "bias_activation_fusion": gpu,
         "apply_rope_fusion": transformer_engine,
         "moe_grouped_gemm": transformer_engine,
     }
@@ -195,7 +196,8 @@ def build_chunks(
             vp_stage=stage,
             **description.gpt,
         )
-        chunks.append(chunk.cuda())  # the CPU where there is no CUDA
+        meta = torch.get_default_device().type == "meta"
+        chunks.append(chunk if meta else chunk.cuda())  # the CPU where there is no CUDA
     return chunks
 
 

@@ -77,6 +77,7 @@ def start_mesh(config: ParallelConfig, seed: int) -> Mesh:
         expert_model_parallel_size=config.ep,
         expert_tensor_parallel_size=config.etp,
         distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
+        create_gloo_process_groups=dist.get_backend() != "fake",  # of meta_rank.py
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

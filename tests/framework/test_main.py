@@ -15,8 +15,6 @@ from framework.launch import local
 from framework.launch.prepare import resolve_stages
 from framework.launch.roles import Role, engine_roles, rollout_role, router_role, trainer_role
 from framework.main import main
-from framework.model_shape import read_model_shape
-from framework.plan import rank_table, stage_parameters
 
 FAST = ["experiment=smoke", "tracker=quiet", "cluster.stop_timeout_s=5"]
 
@@ -173,18 +171,3 @@ def test_gpus_are_dealt_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = [*engine_roles(config), trainer_role(config)]
     devices = [role.env["CUDA_VISIBLE_DEVICES"] for role in roles if role is not None]
     assert devices == ["4,5", "6,7", "0,1,2,3"]
-
-
-def test_plan_shows_every_rank_and_counts_the_models_parameters() -> None:
-    config = compose_config(["parallel.pp=2", "parallel.dp=2"])
-    shape = read_model_shape(config.model)
-    table = rank_table(config, shape)
-    assert table[1].split("  ")[1:3] == [
-        " rank 0: tp=0 cp=0 dp=0 pp=0"[1:],
-        "layers 0-0 + embedding",
-    ]
-    assert "dp=1 pp=1" in table[4]
-    assert "layers 1-1 + output" in table[4]
-    # attention 64*16*(2*4 + 2*2) + feed-forward 3*64*192 a layer, embedding 72*64, by hand
-    assert stage_parameters(config, shape, 0) == 12_288 + 36_864 + 4_608
-    assert stage_parameters(compose_config([]), shape, 0) == 2 * 49_152 + 4_608

@@ -1,0 +1,68 @@
+"""How many parameters each pipeline stage has on one rank: exact, from the converter's tables."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from framework.config import RunConfig
+from framework.model_shape import TINY_VOCAB_SIZE, read_hf_config
+from megatron_bridge.mapping import rank_views
+from megatron_bridge.models.architecture import Spec
+
+ROUTER_BIAS = "router.expert_bias"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One rank of a pipeline stage; all ranks of a stage hold as much."""
+
+    pp: int
+    dense: int
+    """Parameters sharded by tp, replicated over dp and cp."""
+    expert: int
+    """Parameters sharded by ep and etp."""
+    layers: tuple[int, ...]
+    """Global numbers, of all its chunks."""
+
+    @property
+    def parameters(self) -> int:
+        """Of both kinds."""
+        return self.dense + self.expert
+
+
+def model_values(config: RunConfig) -> dict[str, Any]:
+    """The config.json that the run will train, also where it is not written yet (model.tiny)."""
+    if config.model.hf_path:
+        return read_hf_config("model.hf_path", config.model.hf_path)
+    tiny = config.model.tiny
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": TINY_VOCAB_SIZE,
+        "hidden_size": tiny.hidden_size,
+        "intermediate_size": tiny.ffn_size,
+        "num_hidden_layers": tiny.num_layers,
+        "num_attention_heads": tiny.num_heads,
+        "num_key_value_heads": tiny.num_kv_heads,
+        "head_dim": tiny.hidden_size // tiny.num_heads,
+        "tie_word_embeddings": tiny.tied,
+    }
+
+
+def read_stages(config: RunConfig, values: Mapping[str, Any]) -> list[Stage]:
+    """Every pipeline stage of the layout."""
+    layout, stages = config.parallel.layout, []
+    for pp in range(layout.pp):
+        coords = layout.coords(layout.rank(pp=pp))
+        views = rank_views(values, layout, coords, Spec.TE, config.model.vocab_pad_multiple)
+        sizes = {"dense": 0, "expert": 0}
+        for (_, name), view in views.items():
+            if not name.endswith(ROUTER_BIAS):  # a buffer: neither gradient nor optimizer state
+                sizes["expert" if ".mlp.experts." in name else "dense"] += prod(view.shape)
+        layers = tuple(
+            layer
+            for chunk in range(layout.vpp)
+            for layer in layout.chunk_layers(values["num_hidden_layers"], pp, chunk)
+        )
+        stages.append(Stage(pp=pp, layers=layers, **sizes))
+    return stages
