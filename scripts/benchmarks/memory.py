@@ -29,8 +29,8 @@ MODELS = {
 SAMPLES, PROMPT = 16, 16
 
 
-def make_config(name: str, root: Path, recompute: str):
-    """The run of one model: mode=train_only, one rank."""
+def make_config(tokens: int, root: Path, recompute: str = "none", steps: int = 2):
+    """The run of a model with micro-batches of `tokens`: mode=train_only, one rank."""
     from framework.config import (
         BatchConfig,
         GateConfig,
@@ -40,10 +40,9 @@ def make_config(name: str, root: Path, recompute: str):
     )
     from rollout.config import RolloutConfig, SamplingConfig
 
-    *_, tokens = MODELS[name]
     return RunConfig(
         mode="train_only",
-        num_steps=2,
+        num_steps=steps,
         model=ModelConfig(hf_path=str(root / "model")),
         memory=MemoryConfig(recompute=recompute),
         batch=BatchConfig(max_tokens_per_microbatch=tokens),
@@ -56,7 +55,7 @@ def make_config(name: str, root: Path, recompute: str):
     )
 
 
-def write_inputs(name: str, root: Path) -> None:
+def write_inputs(model: tuple[int, ...], root: Path, steps: int = 2) -> None:
     """A model without weights worth the name, and a journal whose batches fill a micro-batch."""
     import numpy as np
     import torch
@@ -67,7 +66,7 @@ def write_inputs(name: str, root: Path) -> None:
     from rollout.journal import write_step
     from rollout.types import Group, Sample
 
-    layers, hidden, ffn, heads, kv_heads, vocab, tokens = MODELS[name]
+    layers, hidden, ffn, heads, kv_heads, vocab, tokens = model
     values = {
         "architectures": ["Qwen3ForCausalLM"],
         "num_hidden_layers": layers,
@@ -86,7 +85,7 @@ def write_inputs(name: str, root: Path) -> None:
     (root / "rollouts").mkdir()
     random = np.random.default_rng(0)
     length = tokens // SAMPLES
-    for step in range(2):
+    for step in range(steps):
         samples = [
             Sample(
                 group_id=step,
@@ -121,7 +120,7 @@ def train(name: str, root: Path, recompute: str) -> None:
     from megatron_bridge.load import load_hf
     from rollout.source import JournalSource
 
-    config = make_config(name, root, recompute)
+    config = make_config(MODELS[name][-1], root, recompute)
     mesh = start_mesh(config.parallel, config.seed)
     hf_config = read_hf_config(config.model.hf_path)
     before = resident_bytes()
@@ -161,8 +160,8 @@ def main() -> int:
     for name in MODELS:
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
-            write_inputs(name, root)
-            config = make_config(name, root, arguments.recompute)
+            write_inputs(MODELS[name], root)
+            config = make_config(MODELS[name][-1], root, arguments.recompute)
             values = model_values(config)
             estimate = worst_rank(config, values, read_stages(config, values), torch_spec=True)
             command = [sys.executable, __file__, "--recompute", arguments.recompute]

@@ -164,7 +164,8 @@ def prepare(trainer, batch):
     """The same micro-batches, packed beforehand."""
     plans = trainer.plan(batch)
     samples = trainer.fetch(batch, plans, shortened=())
-    (packed,) = [trainer.pack(p, batch, samples, trainer.advantages(batch)) for p in plans]
+    advantages = trainer.objective.advantages(batch)
+    (packed,) = [trainer.pack(p, batch, samples, advantages) for p in plans]
     return packed
 
 
