@@ -253,7 +253,8 @@ def _paths(config: RunConfig) -> Iterator[str]:
     yield from _weights("algorithm.reference", config.algorithm.reference)
     path = Path(config.run_dir)
     yield from resume_errors(config)
-    if (path / "config.yaml").exists() and config.checkpoint.resume != "auto":
+    fresh = config.checkpoint.resume != "auto" and not config.dry_run  # which writes nothing
+    if fresh and (path / "config.yaml").exists():
         yield (
             f"run_dir={config.run_dir}: already holds a run; choose another run_dir= or name=, "
             "or remove it, or go on with it by checkpoint.resume=auto"

@@ -144,7 +144,8 @@ def _first_key(section: str) -> str:
 
 
 def _unknown_key(key: str, value: Any) -> str:
-    guess = nearest(key, config_fields())
+    groups = () if "." in key else group_options()
+    guess = nearest(key, [*groups, *config_fields()])
     hint = f"did you mean {guess}?" if guess else "`drivetrain --help` lists every key"
     shown = "" if value is None else f"={value}"
     return f"{key}{shown}: no such key; {hint}"

@@ -26,6 +26,7 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
     ("truth for a number", ["rollout.samples_per_prompt=true"], ["samples_per_prompt=true"]),
     ("null", ["seed=null"], ["seed=null"]),
     ("text for a list", ["rollout.sampling.stop=abc"], ["rollout.sampling.stop=abc", "list"]),
+    ("unknown group", ["algoritm=grpo"], ["algoritm=grpo", "did you mean algorithm?"]),
     ("unknown option", ["algorithm=grppo"], ["algorithm=grppo", "did you mean grpo?"]),
     ("unknown experiment", ["experiment=quikstart"], ["quickstart", "smoke"]),
     ("bad syntax", ["seed"], ["'seed'", "key=value"]),
@@ -210,6 +211,7 @@ def test_a_run_directory_is_never_reused(
     (run_dir / "config.yaml").write_text("name: earlier\n")
     assert main([f"run_dir={run_dir}"]) == 2
     assert f"run_dir={run_dir}: already holds a run" in capsys.readouterr().err
+    assert main([f"run_dir={run_dir}", "dry_run=true"]) == 0  # it writes nothing
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
 
 
