@@ -98,7 +98,10 @@ class MemoryConfig:
     """With full: uniform (all layers, in units of recompute_layers) | block (only the first
     recompute_layers layers of a pipeline stage)."""
     recompute_layers: int = 1
-    """With full: layers of a unit (uniform), or layers of a stage that are recomputed (block)."""
+    """With full: layers of a unit (uniform), or of a stage (block), that are recomputed."""
+    logits_chunk_tokens: int = 4096
+    """Logits of more positions than these are never there at once: they are computed in chunks, and
+    again in the backward pass."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -25,11 +25,9 @@ CHOICES = {
         "sequence_sum",
         "sequence_sum_over_length",
     ),
-    "algorithm.kl_estimator": ("k2", "k3", "straight_through", "unbiased"),
     "algorithm.reference_on": ("host", "device"),
     "batch.overlong": ("refuse", "truncate"),
     "weight_sync.pause_mode": ("retract", "in_place"),
-    "cluster.gpu": ("A100", "H100", "H200", "B200"),
     "cluster.launcher": ("local", "slurm", "manual"),
 }
 POSITIVE = (
@@ -42,6 +40,7 @@ POSITIVE = (
     "model.tiny.ffn_size",
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "timeout_s")),
     "memory.recompute_layers",
+    "memory.logits_chunk_tokens",
     "algorithm.updates_per_step",
     "optimizer.lr",
     "optimizer.eps",
@@ -98,6 +97,8 @@ NOT_NEGATIVE = (
 )
 FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2")
 TABLES = {
+    "algorithm.kl_estimator": ("framework", "algorithm/kl.py", "KL_ESTIMATORS"),
+    "cluster.gpu": ("framework", "gpus.py", "GPUS"),
     "weight_sync.transport": ("framework", "weight_sync/__init__.py", "TRANSPORTS"),
     "data.task": ("rollout", "environments/__init__.py", "ENVIRONMENTS"),
     "data.reward": ("rollout", "rewards/__init__.py", "REWARDS"),

@@ -53,7 +53,9 @@ class Trainer:
         self.num_updates = 1 if sft else self.config.algorithm.updates_per_step
         self.objective = build_objective(self.config)
         temperature = 1.0 if sft else self.config.rollout.sampling.temperature
-        self.runner = StepRunner(self.policy, self.mesh, temperature)
+        self.runner = StepRunner(
+            self.policy, self.mesh, temperature, self.config.memory.logits_chunk_tokens
+        )
         cp = self.mesh.layout.cp
         self.length_multiple = 2 * cp if cp > 1 else 1
         self.flops = training_flops(self.policy.hf_config)

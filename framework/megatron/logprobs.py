@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 4096
 MASKED = -1e30  # finite, so that its zero weight times itself is zero and not NaN
 
 
@@ -24,6 +23,8 @@ class LogprobContext:
     vocab_size: int
     """Rows of the vocabulary that are real; the padding beyond takes no probability."""
     tp_group: Any
+    chunk_tokens: int
+    """Positions whose logits may be there at once."""
 
 
 def vocab_parallel_logprobs(
@@ -79,7 +80,7 @@ def logprob_output_processor(
         labels: [1, T]: the token that each position predicts.
     """
 
-    def chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def logprobs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits, _ = output_layer(hidden, weight=output_weight)
         logits = logits[:, 0]
         if context.temperature != 1.0:
@@ -88,23 +89,26 @@ def logprob_output_processor(
             vocab_parallel_logprobs(logits, targets, context.vocab_size, context.tp_group)
         )
 
-    targets = labels[0]
-    if targets.numel() <= CHUNK_TOKENS:
-        return chunk(hidden_states, targets)
-    gathered = config.sequence_parallel
-    if gathered:
+    targets, size = labels[0], context.chunk_tokens
+    if targets.numel() <= size:
+        return logprobs(hidden_states, targets)
+    gathers = config.sequence_parallel
+    if gathers:
         # Gather once, not per chunk; the output layer already sums the gradient over tp.
         hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=context.tp_group
         )
+
+    def chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # Set here and not around the loop: the backward pass comes through here again.
         output_layer.sequence_parallel = False
-    try:
-        parts = [
-            checkpoint(chunk, hidden, target, use_reentrant=False)
-            for hidden, target in zip(
-                hidden_states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
-            )
-        ]
-    finally:
-        output_layer.sequence_parallel = gathered
+        try:
+            return logprobs(hidden, targets)
+        finally:
+            output_layer.sequence_parallel = gathers
+
+    parts = [
+        checkpoint(chunk, hidden, target, use_reentrant=False)
+        for hidden, target in zip(hidden_states.split(size), targets.split(size), strict=True)
+    ]
     return torch.cat(parts, dim=1)

@@ -26,6 +26,7 @@ class StepRunner:
     policy: Policy
     mesh: Mesh
     temperature: float
+    logits_chunk_tokens: int
 
     def _run(
         self,
@@ -37,7 +38,12 @@ class StepRunner:
 
         Returns what loss_function reported for each, in order; empty except on the last stage.
         """
-        context = LogprobContext(self.temperature, self.policy.vocab_size, self.mesh.tp_group)
+        context = LogprobContext(
+            self.temperature,
+            self.policy.vocab_size,
+            self.mesh.tp_group,
+            self.logits_chunk_tokens,
+        )
 
         def forward_step(
             batches: Iterator[Microbatch], model: torch.nn.Module

@@ -18,7 +18,6 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -226,8 +225,9 @@ class TorchLatentAttention(MLASelfAttention):
 
     Without Transformer Engine the down-projection to the latent of keys and values is cut over the
     tensor-parallel ranks. Upstream gathers its output; the gradient that comes back to the rotated
-    part is then only that of a rank's own heads. Here it is summed over the ranks. Can go when
-    upstream does so.
+    part is then only that of a rank's own heads. Handing upstream the part of the sequence that is
+    this rank's makes it gather that, and sum on the way back. Without sequence parallelism nothing
+    is changed: megatron-core trains experts under tp with it only. Can go when upstream does so.
     """
 
     def _qkv_down_projection(
@@ -236,15 +236,10 @@ class TorchLatentAttention(MLASelfAttention):
         """[t, 1, h] -> the query's latent and [latent, rotated] of keys and values."""
         query, part = super()._qkv_down_projection(hidden_states)
         group = self.pg_collection.tp
-        if group.size() == 1:
+        if group.size() == 1 or not self.config.sequence_parallel:
             return query, part
         whole = gather_from_tensor_model_parallel_region(part, group=group)
-        if self.config.sequence_parallel:  # upstream gathers the sequence and sums on the way back
-            return query, scatter_to_sequence_parallel_region(whole, group=group)
-        sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
-        latent, rotated = whole.split(sizes, dim=-1)
-        rotated = copy_to_tensor_model_parallel_region(rotated, group=group)
-        return query, torch.cat([latent, rotated], dim=-1)
+        return query, scatter_to_sequence_parallel_region(whole, group=group)
 
 
 def _attention(config: TransformerConfig, backend: TorchSpecProvider) -> ModuleSpec:

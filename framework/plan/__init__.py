@@ -45,7 +45,7 @@ def estimate_sections(config: RunConfig) -> list[str]:
     sections = ["", "# Trainer ranks", *rank_table(config, values["num_hidden_layers"])]
     sections += ["", f"# Memory of a trainer rank (estimated; {whole:,} parameters in all)"]
     sections += memory_lines(config, worst)
-    sections += ["", "# A step (estimated)", *step_lines(config, values, stages, stages[worst.pp])]
+    sections += ["", "# A step (estimated)", *step_lines(config, values, stages[worst.pp])]
     if needs_engines(config):
         weights = whole * (4 if config.rollout.engine.dtype == "float32" else 2)
         sections += [push_line(config, weights), *engine_lines(config, weights)]

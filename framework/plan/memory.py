@@ -11,8 +11,6 @@ from framework.plan.stages import Stage
 from megatron_bridge.layout import padded_vocab_size
 from megatron_bridge.models import describe
 
-CHUNK_TOKENS = 4096
-"""Of `framework.megatron.logprobs`, which cannot be imported where megatron-core is not."""
 LOGIT_COPIES = 6
 """fp32 copies of a chunk of logits at once: shifted, exponentials, products, gradients."""
 GPU_OVERHEAD_BYTES = 6 << 30
@@ -107,7 +105,7 @@ def _activations(
     logits = 0.0
     if stage.pp == parallel.pp - 1:
         rows = padded_vocab_size(shape.vocab_size, config.model.vocab_pad_multiple, parallel.tp)
-        chunk = min(tokens, CHUNK_TOKENS)
+        chunk = min(tokens, config.memory.logits_chunk_tokens)
         logits = LOGIT_COPIES * 4 * chunk * rows / parallel.tp
     # One after the other in the backward pass, so the larger counts.
     if logits > layer:

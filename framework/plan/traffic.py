@@ -4,7 +4,7 @@ Volumes are what one rank sends with ring algorithms: (n - 1) / n of the message
 reduce-scatter over n ranks. Times are lower bounds at the links' full speed, overlap left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from framework.config import RunConfig
@@ -104,9 +104,7 @@ def flows(config: RunConfig, values: Mapping[str, Any], stage: Stage) -> Iterato
         yield Flow("dp, experts", expert, tp * ranks, f"over {replicas} replicas of each expert")
 
 
-def step_lines(
-    config: RunConfig, values: Mapping[str, Any], stages: Sequence[Stage], worst: Stage
-) -> list[str]:
+def step_lines(config: RunConfig, values: Mapping[str, Any], worst: Stage) -> list[str]:
     """Computation, bubble and traffic of a step as text."""
     step, gpu = step_shape(config), gpu_of(config)
     longest = config.rollout.sampling.max_new_tokens

@@ -193,13 +193,19 @@ def read_rope(
                 fields.complain(
                     f"rope_parameters.{key} is {value!r}; megatron-core computes {wanted!r} only"
                 )
-    elif kinds != {"default"}:
+        kinds = {"default"}
+    _refuse_rest(fields, rope, kinds)
+    return arguments
+
+
+def _refuse_rest(fields: ConfigFields, rope: Mapping[str, Any], kinds: set[str]) -> None:
+    """Complain about a kind of scaling that nobody read, or about what is left of its numbers."""
+    if kinds != {"default"}:
         fields.complain(f"rope type {', '.join(map(repr, sorted(kinds)))} is not supported")
-        return arguments
+        return
     for key, value in rope.items():
         if value is not None:
             fields.complain(f"rope_parameters.{key} = {value!r} is not known")
-    return arguments
 
 
 def read_latent_rope(fields: ConfigFields, default_theta: float) -> dict[str, Any]:
@@ -228,10 +234,6 @@ def read_latent_rope(fields: ConfigFields, default_theta: float) -> dict[str, An
         }
         every = rope.pop("mscale_all_dim", None)
         arguments["mscale_all_dim"] = fields.positive("rope_parameters.mscale_all_dim", every)
-    elif kinds != {"default"}:
-        fields.complain(f"rope type {', '.join(map(repr, sorted(kinds)))} is not supported")
-        return arguments
-    for key, value in rope.items():
-        if value is not None:
-            fields.complain(f"rope_parameters.{key} = {value!r} is not known")
+        kinds = {"default"}
+    _refuse_rest(fields, rope, kinds)
     return arguments

@@ -10,8 +10,6 @@ from typing import Any
 import torch.nn.functional as F
 
 from megatron_bridge.models.architecture import (
-    EMBEDDING,
-    OUTPUT,
     Architecture,
     HfTensor,
     LatentAttention,
@@ -20,21 +18,10 @@ from megatron_bridge.models.architecture import (
     Section,
     column,
     column_unless_te,
-    gated,
     replicate,
-    row,
-    vocab,
 )
 from megatron_bridge.models.config_fields import ConfigFields, read_latent_rope
-from megatron_bridge.models.llama import (
-    DOWN,
-    FINAL_NORM,
-    GATE_UP,
-    INPUT_NORM,
-    LAYER,
-    O_PROJ,
-    POST_NORM,
-)
+from megatron_bridge.models.llama import INPUT_NORM, LAYER, LLAMA_ROWS, LLAMA_TENSORS, O_PROJ
 from megatron_bridge.models.sigmoid_router import ROWS, TENSORS, read_sigmoid_experts
 
 ATTENTION = f"{LAYER}self_attn."
@@ -113,84 +100,58 @@ def _latent(shape: ModelShape) -> LatentAttention:
     return shape.latent
 
 
+# What a decoder has besides its attention is Llama's.
+FRAME_TENSORS = tuple(each for each in LLAMA_TENSORS if ".self_attn." not in each.name)
+FRAME_ROWS = tuple(each for each in LLAMA_ROWS if "linear_qkv" not in each.name + each.te_name)
+
+ATTENTION_TENSORS = (
+    HfTensor(Section.LAYER, Q_DOWN, lambda s: (_latent(s).q_rank, s.hidden_size)),
+    HfTensor(Section.LAYER, Q_NORM, lambda s: (_latent(s).q_rank,)),
+    HfTensor(Section.LAYER, Q_UP, lambda s: (s.num_heads * s.head_dim, _latent(s).q_rank)),
+    HfTensor(
+        Section.LAYER, KV_DOWN, lambda s: (_latent(s).kv_rank + _latent(s).rope_dim, s.hidden_size)
+    ),
+    HfTensor(Section.LAYER, KV_NORM, lambda s: (_latent(s).kv_rank,)),
+    HfTensor(
+        Section.LAYER,
+        KV_UP,
+        lambda s: (s.num_heads * (_latent(s).nope_dim + _latent(s).value_dim), _latent(s).kv_rank),
+    ),
+    HfTensor(Section.LAYER, O_PROJ, lambda s: (s.hidden_size, s.num_heads * _latent(s).value_dim)),
+)
+
+
+def _latent_rows(kind: str, down: str, norm: str, up: str) -> tuple[Row, ...]:
+    """The way of the query (q), or of key and value (kv), through their latent."""
+    name = f"self_attention.linear_{kind}_up_proj."
+    return (
+        Row(
+            Section.LAYER,
+            f"self_attention.linear_{kind}_down_proj.weight",
+            column_unless_te,
+            (down,),
+        ),
+        Row(
+            Section.LAYER,
+            f"self_attention.{kind}_layernorm.weight",
+            replicate,
+            (norm,),
+            te_name=f"{name}layer_norm_weight",
+        ),
+        Row(Section.LAYER, f"{name}weight", column, (up,)),
+    )
+
+
 DEEPSEEK_V3 = Architecture(
     name="DeepseekV3ForCausalLM",
     read_config=read_config,
-    tensors=(
-        HfTensor(Section.EMBEDDING, EMBEDDING, lambda s: (s.vocab_size, s.hidden_size)),
-        HfTensor(Section.LAYER, INPUT_NORM, lambda s: (s.hidden_size,)),
-        HfTensor(Section.LAYER, Q_DOWN, lambda s: (_latent(s).q_rank, s.hidden_size)),
-        HfTensor(Section.LAYER, Q_NORM, lambda s: (_latent(s).q_rank,)),
-        HfTensor(Section.LAYER, Q_UP, lambda s: (s.num_heads * s.head_dim, _latent(s).q_rank)),
-        HfTensor(
-            Section.LAYER,
-            KV_DOWN,
-            lambda s: (_latent(s).kv_rank + _latent(s).rope_dim, s.hidden_size),
-        ),
-        HfTensor(Section.LAYER, KV_NORM, lambda s: (_latent(s).kv_rank,)),
-        HfTensor(
-            Section.LAYER,
-            KV_UP,
-            lambda s: (
-                s.num_heads * (_latent(s).nope_dim + _latent(s).value_dim),
-                _latent(s).kv_rank,
-            ),
-        ),
-        HfTensor(
-            Section.LAYER, O_PROJ, lambda s: (s.hidden_size, s.num_heads * _latent(s).value_dim)
-        ),
-        HfTensor(Section.LAYER, POST_NORM, lambda s: (s.hidden_size,)),
-        HfTensor(Section.DENSE, GATE_UP[0], lambda s: (s.ffn_size, s.hidden_size)),
-        HfTensor(Section.DENSE, GATE_UP[1], lambda s: (s.ffn_size, s.hidden_size)),
-        HfTensor(Section.DENSE, DOWN, lambda s: (s.hidden_size, s.ffn_size)),
-        *TENSORS,
-        HfTensor(Section.FINAL, FINAL_NORM, lambda s: (s.hidden_size,)),
-        HfTensor(Section.OUTPUT, OUTPUT, lambda s: (s.vocab_size, s.hidden_size)),
-    ),
+    tensors=(*FRAME_TENSORS, *ATTENTION_TENSORS, *TENSORS),
     rows=(
-        Row(Section.EMBEDDING, "embedding.word_embeddings.weight", vocab, (EMBEDDING,)),
+        *FRAME_ROWS,
         Row(Section.LAYER, "input_layernorm.weight", replicate, (INPUT_NORM,)),
-        Row(
-            Section.LAYER,
-            "self_attention.linear_q_down_proj.weight",
-            column_unless_te,
-            (Q_DOWN,),
-        ),
-        Row(
-            Section.LAYER,
-            "self_attention.q_layernorm.weight",
-            replicate,
-            (Q_NORM,),
-            te_name="self_attention.linear_q_up_proj.layer_norm_weight",
-        ),
-        Row(Section.LAYER, "self_attention.linear_q_up_proj.weight", column, (Q_UP,)),
-        Row(
-            Section.LAYER,
-            "self_attention.linear_kv_down_proj.weight",
-            column_unless_te,
-            (KV_DOWN,),
-        ),
-        Row(
-            Section.LAYER,
-            "self_attention.kv_layernorm.weight",
-            replicate,
-            (KV_NORM,),
-            te_name="self_attention.linear_kv_up_proj.layer_norm_weight",
-        ),
-        Row(Section.LAYER, "self_attention.linear_kv_up_proj.weight", column, (KV_UP,)),
-        Row(Section.LAYER, "self_attention.linear_proj.weight", row, (O_PROJ,)),
-        Row(
-            Section.DENSE,
-            "pre_mlp_layernorm.weight",
-            replicate,
-            (POST_NORM,),
-            te_name="mlp.linear_fc1.layer_norm_weight",
-        ),
-        Row(Section.DENSE, "mlp.linear_fc1.weight", gated, GATE_UP),
-        Row(Section.DENSE, "mlp.linear_fc2.weight", row, (DOWN,)),
+        *_latent_rows("q", Q_DOWN, Q_NORM, Q_UP),
+        *_latent_rows("kv", KV_DOWN, KV_NORM, KV_UP),
         *ROWS,
-        Row(Section.FINAL, "decoder.final_layernorm.weight", replicate, (FINAL_NORM,)),
-        Row(Section.OUTPUT, "output_layer.weight", vocab, (OUTPUT,)),
     ),
     engine_rows=(),
 )

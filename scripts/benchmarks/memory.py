@@ -114,29 +114,15 @@ def train(name: str, root: Path, recompute: str) -> None:
     """In a process of its own: train, print the growth."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29581")
-    from framework.megatron.model import build_policy, read_hf_config
     from framework.megatron.parallel import start_mesh, stop_mesh
+    from framework.train import build_models
     from framework.trainer import Trainer
-    from megatron_bridge.load import load_hf
     from rollout.source import JournalSource
 
     config = make_config(MODELS[name][-1], root, recompute)
     mesh = start_mesh(config.parallel, config.seed)
-    hf_config = read_hf_config(config.model.hf_path)
     before = resident_bytes()
-
-    def load_weights(chunks) -> None:
-        load_hf(chunks, config.model.hf_path, mesh.layout, mesh.coords, 1)
-
-    policy = build_policy(
-        hf_config,
-        config.model,
-        config.parallel,
-        config.optimizer,
-        mesh,
-        load_weights,
-        config.memory,
-    )
+    policy, _ = build_models(config, mesh, None)
     source = JournalSource(root / "rollouts")
     Trainer(config=config, mesh=mesh, policy=policy, source=source, sync=None, logger=None).train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

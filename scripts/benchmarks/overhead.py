@@ -34,10 +34,9 @@ MODELS = {
 
 def measure(model: tuple[int, ...], steps: int) -> list[tuple[float, float]]:
     """(seconds of ours, seconds of the bare loop) for each step after two warm-up steps."""
-    from framework.megatron.model import build_policy, read_hf_config
     from framework.megatron.parallel import start_mesh, stop_mesh
+    from framework.train import build_models
     from framework.trainer import Trainer
-    from megatron_bridge.load import load_hf
     from rollout.source import JournalSource
 
     pairs = []
@@ -46,14 +45,7 @@ def measure(model: tuple[int, ...], steps: int) -> list[tuple[float, float]]:
         write_inputs(model, root, steps + 2)
         config = make_config(model[-1], root, steps=steps + 2)
         mesh = start_mesh(config.parallel, config.seed)
-        policy = build_policy(
-            read_hf_config(config.model.hf_path),
-            config.model,
-            config.parallel,
-            config.optimizer,
-            mesh,
-            lambda chunks: load_hf(chunks, root / "model", mesh.layout, mesh.coords, 1),
-        )
+        policy, _ = build_models(config, mesh, None)
         source = JournalSource(root / "rollouts")
         trainer = Trainer(
             config=config, mesh=mesh, policy=policy, source=source, sync=None, logger=None

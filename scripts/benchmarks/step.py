@@ -123,25 +123,16 @@ def bare_trainer(run_dir: Path) -> tuple[list[float], list[float]]:
 
     from framework.compose import load_run_config
     from framework.config import ParallelConfig
-    from framework.megatron.model import build_policy, read_hf_config
     from framework.megatron.parallel import start_mesh, stop_mesh
+    from framework.train import build_models
     from framework.trainer import Trainer
-    from megatron_bridge.load import load_hf
     from rollout.source import JournalSource
 
     config = load_run_config(run_dir)
-    config = dataclasses.replace(config, parallel=ParallelConfig(), mode="train_only")
+    model = dataclasses.replace(config.model, init_from=str(run_dir / "hf"))
+    config = dataclasses.replace(config, parallel=ParallelConfig(), model=model, mode="train_only")
     mesh = start_mesh(config.parallel, config.seed)
-    hf_config = read_hf_config(config.model.hf_path)
-    multiple = config.model.vocab_pad_multiple
-    policy = build_policy(
-        hf_config,
-        config.model,
-        config.parallel,
-        config.optimizer,
-        mesh,
-        lambda chunks: load_hf(chunks, run_dir / "hf", mesh.layout, mesh.coords, multiple),
-    )
+    policy, _ = build_models(config, mesh, None)
     source = JournalSource(run_dir / "rollouts")
     trainer = Trainer(
         config=config, mesh=mesh, policy=policy, source=source, sync=None, logger=None

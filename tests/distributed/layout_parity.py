@@ -32,13 +32,12 @@ from framework.config import (
     ParallelConfig,
     RunConfig,
 )
-from framework.megatron.model import build_policy, read_hf_config
 from framework.megatron.parallel import start_mesh, stop_mesh
-from framework.megatron.reference import Reference
+from framework.train import build_models
 from framework.trainer import Trainer
 from megatron_bridge.export import export_buckets
 from megatron_bridge.export_plan import ExportPlan
-from megatron_bridge.load import detect_spec, load_hf
+from megatron_bridge.load import detect_spec
 from megatron_bridge.mapping import hf_shapes
 from rollout.batch import make_batch
 from rollout.journal import write_step
@@ -230,24 +229,7 @@ def train(root: Path, rank: int, case: Case) -> None:
     )
     started = time.perf_counter()
     mesh = start_mesh(config.parallel, config.seed)
-    hf_config, multiple = read_hf_config(hf_dir), config.model.vocab_pad_multiple
-
-    references: list[Reference] = []
-
-    def load_weights(chunks: list[Any]) -> None:
-        load_hf(chunks, hf_dir, mesh.layout, mesh.coords, multiple)
-        if config.algorithm.kl_coef:
-            references.append(Reference(chunks, on_host=True))
-
-    policy = build_policy(
-        hf_config,
-        config.model,
-        config.parallel,
-        config.optimizer,
-        mesh,
-        load_weights,
-        config.memory,
-    )
+    policy, reference = build_models(config, mesh, None)
     if case.planted:
         for parameter in policy.chunks[0].parameters():
             setattr(parameter, "sequence_parallel", False)  # noqa: B010
@@ -260,15 +242,15 @@ def train(root: Path, rank: int, case: Case) -> None:
         source=source,
         sync=None,
         logger=recorder,
-        reference=references[0] if references else None,
+        reference=reference,
     ).train()
     policy.sync_parameters()
     plan = ExportPlan(
-        hf_config=hf_config,
+        hf_config=policy.hf_config,
         layout=mesh.layout,
         spec=detect_spec(policy.chunks),
         dtype=torch.float32,
-        vocab_pad_multiple=multiple,
+        vocab_pad_multiple=config.model.vocab_pad_multiple,
         bucket_bytes=BUCKET_BYTES,
     )
     weights = {}

@@ -98,6 +98,7 @@ SHORT = {
     "recompute_modules": "",
     "recompute_method": "",
     "recompute_layers": "",
+    "logits_chunk_tokens": "chunk",
 }
 
 
@@ -201,6 +202,8 @@ CASES = [
     ),
     Case("llama", {}, ci=True, memory={"recompute": "full"}),
     Case("moe", {"dp": 2, "ep": 2}, ci=True, memory=MOE_PARTS),
+    Case("qwen3_tied", {"tp": 2, SP: True}, ci=True, memory={"logits_chunk_tokens": 20}),
+    Case("qwen3", {"cp": 2}, memory={"logits_chunk_tokens": 7}),
     Case("qwen3_tied", {}, memory=PARTS),
     Case("llama", {}, memory={**FULL, "recompute_layers": 3}),
     Case("qwen3_tied", {"tp": 2, SP: True, "pp": 2, "vpp": 2}, memory=FULL),
