@@ -1,11 +1,11 @@
-"""Bytes that the forward pass keeps for the backward pass, of one layer and one token.
+"""Bytes a token that the forward pass keeps for the backward pass, layer by layer.
 
 Counted as in Korthikanti et al. (arXiv 2205.05198), for what is built here: attention that keeps no
 score matrix, gated feed-forward, no dropout, packed sequences. Tensors that sequence parallelism
 shards are divided by tp only with it. The torch spec, without fused kernels, keeps more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,15 @@ Parts = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerBytes:
-    """A token's share of one layer, in bytes."""
+class UnitBytes:
+    """A token's share, in bytes, of layers that go through the backward pass as one."""
 
     kept: float
-    """From the forward pass until the layer's backward pass."""
+    """From the forward pass until the unit's backward pass."""
     again: float
-    """Made once more while the layer is computed backward (recomputation)."""
+    """Made once more while the unit is computed backward (recomputation)."""
     passing: float
-    """Gradients within the layer, on top, while it is computed backward."""
+    """Gradients within one of its layers, on top, while it is computed backward."""
 
 
 class Activations:
@@ -45,20 +45,35 @@ class Activations:
         self.tp, self.etp = parallel.tp, parallel.etp
         self.shards = parallel.tp if parallel.sequence_parallel else 1
 
-    def layer(self, number: int) -> LayerBytes:
-        """Layer `number`, with the recomputation that `memory` asks for."""
+    def units(self, chunk: Sequence[int]) -> list[UnitBytes]:
+        """The layers of a model chunk, with the recomputation that `memory` asks for."""
+        if self.memory.recompute != "full":
+            return [self.layer(number) for number in chunk]
+        size = self.memory.recompute_layers
+        if self.memory.recompute_method == "block":
+            recomputed = [self.unit([number]) for number in chunk[:size]]
+            return [*recomputed, *(self.layer(number) for number in chunk[size:])]
+        return [self.unit(chunk[start : start + size]) for start in range(0, len(chunk), size)]
+
+    def unit(self, numbers: Sequence[int]) -> UnitBytes:
+        """Layers of which only the input of the first is kept."""
+        layers = [self.layer(number) for number in numbers]
+        return UnitBytes(
+            kept=self.shape.hidden_size * self.width / self.shards,
+            again=sum(each.kept for each in layers),
+            passing=max(each.passing for each in layers),
+        )
+
+    def layer(self, number: int) -> UnitBytes:
+        """Layer `number` as a unit of its own, in which at most parts are recomputed."""
         moe = number in self.shape.moe_layers
         attention, norm = self.attention(), self.norm()
         rest = self.experts() if moe else self.dense()
         whole = sum(attention.values()) + norm + sum(rest.values())
-        passing = self.passing(moe)
-        if self.memory.recompute == "full":
-            one = self.shape.hidden_size * self.width / self.shards
-            return LayerBytes(kept=one, again=whole, passing=passing)
         freed = 0.0
         if self.memory.recompute == "selective":
             freed = self.freed(moe, attention, rest)
-        return LayerBytes(kept=whole - freed, again=freed, passing=passing)
+        return UnitBytes(kept=whole - freed, again=freed, passing=self.passing(moe))
 
     def norm(self) -> float:
         """Input and output of a norm, and without a fused kernel what lies between them."""

@@ -92,28 +92,30 @@ def _activations(
     parallel, shape = config.parallel, describe(values).shape
     tokens = config.batch.max_tokens_per_microbatch // parallel.cp
     count = Activations(config, values, torch_spec=torch_spec)
-    layers = [count.layer(number) for number in stage.layers]
+    units = [unit for chunk in stage.chunks for unit in count.units(chunk)]
     share = chunks_in_flight(config, stage.pp) / parallel.vpp
-    kept = sum(each.kept for each in layers)
+    kept, layers = sum(each.kept for each in units), len(stage.layers)
     estimate.add(
         "activations",
         kept * tokens * share,
-        f"{len(layers)} layers x {tokens:,} tokens x {kept / max(1, len(layers)):,.0f} B x "
+        f"{layers} layers x {tokens:,} tokens x {kept / max(1, layers):,.0f} B x "
         f"{share:g} micro-batches in flight (memory.recompute={config.memory.recompute})",
     )
-    layer = max((each.again + each.passing for each in layers), default=0.0) * tokens
+    most = max((each.again + each.passing for each in units), default=0.0) * tokens
     logits = 0.0
     if stage.pp == parallel.pp - 1:
         rows = padded_vocab_size(shape.vocab_size, config.model.vocab_pad_multiple, parallel.tp)
         chunk = min(tokens, config.memory.logits_chunk_tokens)
         logits = LOGIT_COPIES * 4 * chunk * rows / parallel.tp
     # One after the other in the backward pass, so the larger counts.
-    if logits > layer:
+    if logits > most:
         columns = f"{chunk:,} tokens x {rows // parallel.tp:,} columns"
         estimate.add("logits", logits, f"{LOGIT_COPIES} fp32 copies of {columns}")
     else:
-        why = "recomputed, and gradients within it" if layers and layers[0].again else "gradients"
-        estimate.add("largest layer", layer, f"{why}, {tokens:,} tokens")
+        again = any(each.again for each in units)
+        name = "largest unit of layers" if config.memory.recompute == "full" else "largest layer"
+        why = "recomputed, and gradients within it" if again else "gradients"
+        estimate.add(name, most, f"{why}, {tokens:,} tokens")
 
 
 def chunks_in_flight(config: RunConfig, pp: int) -> int:

@@ -22,8 +22,13 @@ class Stage:
     """Parameters sharded by tp, replicated over dp and cp."""
     expert: int
     """Parameters sharded by ep and etp."""
-    layers: tuple[int, ...]
-    """Global numbers, of all its chunks."""
+    chunks: tuple[tuple[int, ...], ...]
+    """Global numbers of the layers of each of its model chunks."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of all its chunks."""
+        return tuple(layer for chunk in self.chunks for layer in chunk)
 
     @property
     def parameters(self) -> int:
@@ -59,10 +64,9 @@ def read_stages(config: RunConfig, values: Mapping[str, Any]) -> list[Stage]:
         for (_, name), view in views.items():
             if not name.endswith(ROUTER_BIAS):  # a buffer: neither gradient nor optimizer state
                 sizes["expert" if ".mlp.experts." in name else "dense"] += prod(view.shape)
-        layers = tuple(
-            layer
+        chunks = tuple(
+            tuple(layout.chunk_layers(values["num_hidden_layers"], pp, chunk))
             for chunk in range(layout.vpp)
-            for layer in layout.chunk_layers(values["num_hidden_layers"], pp, chunk)
         )
-        stages.append(Stage(pp=pp, layers=layers, **sizes))
+        stages.append(Stage(pp=pp, chunks=chunks, **sizes))
     return stages

@@ -8,6 +8,7 @@ from framework.checks import check_config
 from framework.compose import compose_config
 from framework.main import main
 from framework.plan import describe_run
+from framework.plan.activations import Activations
 from framework.plan.memory import chunks_in_flight, estimate_stage
 from framework.plan.ranks import rank_table
 from framework.plan.stages import model_values, read_stages
@@ -85,6 +86,20 @@ def test_memory_follows_the_layout():
     # the first of 4 stages holds 4 micro-batches of a quarter of the layers
     deep = total("parallel.pp=4", "parallel.dp=2", "parallel.ep=4")
     assert deep["activations"] == pytest.approx(base["activations"])
+
+
+def test_units_of_recomputed_layers_by_hand():
+    def units(*overrides):
+        config, values, _ = read("experiment=qwen3_30b_a3b_16gpu", *overrides)
+        return Activations(config, values, torch_spec=False).units(range(6))
+
+    whole = units("memory.recompute=none")[0].kept
+    one = 2048 * 2 / 2  # hidden size, bfloat16, over sequence-parallel ranks
+    uniform = ["memory.recompute=full", "memory.recompute_layers=4"]
+    found = [(each.kept, each.again) for each in units(*uniform)]
+    assert found == [(one, pytest.approx(4 * whole)), (one, pytest.approx(2 * whole))]
+    found = [(each.kept, each.again) for each in units(*uniform, "memory.recompute_method=block")]
+    assert found == [(one, whole)] * 4 + [(whole, 0)] * 2
 
 
 def test_chunks_in_flight_by_hand():
