@@ -1,11 +1,11 @@
 """How a configuration chooses a loss, an advantage or a correction: by name, or the user's own."""
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Mapping
 
 from framework.algorithm.rows import Row
+from rollout.own_code import import_own_module
 
 
 def find_row(table: Mapping[str, Row], name: str, function: str) -> Row:
@@ -19,10 +19,7 @@ def find_row(table: Mapping[str, Row], name: str, function: str) -> Row:
         return table[name]
     if "." not in name:
         raise ValueError(f"must be one of {', '.join(table)}, or a module of yours: package.module")
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"cannot be imported: {error}") from error
+    module = import_own_module(name)
     found, config = getattr(module, function, None), getattr(module, "Config", None)
     if not callable(found) or len(inspect.signature(found).parameters) != 2:
         raise ValueError(f"{name} has no function {function}(inputs, config)")

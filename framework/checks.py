@@ -19,6 +19,7 @@ from framework.memory_checks import memory_errors
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
 from rollout.data import PromptStream
+from rollout.rewards import find_reward
 
 DIVISORS = {
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
@@ -208,7 +209,12 @@ def _task(config: RunConfig) -> Iterator[str]:
         if supervised:
             environment.demonstration()
     except (ValueError, ImportError) as error:
-        yield f"data.task={config.data.task} with data.args={config.data.args}: {error}"
+        said = str(error)
+        yield said if said.startswith("data.") else f"data.task={config.data.task}: {said}"
+    try:
+        find_reward(config.data.reward)
+    except ValueError as error:
+        yield f"data.reward={config.data.reward}: {error}"
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:

@@ -19,13 +19,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from framework.config import RunConfig
 from framework.config_fields import config_fields, nearest, open_dict_of
 
 CONFIG_MODULE = "hydra_configs"
+ARGUMENTS_OF = {
+    "algorithm.advantage": "algorithm.advantage_args",
+    "algorithm.loss": "algorithm.loss_args",
+    "algorithm.correction": "algorithm.correction_args",
+    "data.task": "data.args",
+}
+"""Arguments belong to what they are arguments of: where the command line names another one, those
+that a yaml gave go with the old one."""
 HF_CONFIGS = "hf_configs/"
 """A model.hf_path that begins so is one of the config.json files that come with us, without
 weights: enough for dry_run."""
@@ -81,6 +89,7 @@ def compose_config(overrides: Sequence[str], config_dir: str = "") -> RunConfig:
     try:
         with initialize_config_module(config_module=CONFIG_MODULE, version_base="1.3"):
             composed = compose(config_name="config", overrides=lines)
+        _drop_arguments(composed, parsed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_hydra_message(error, parsed)]) from error
@@ -152,12 +161,27 @@ def _unknown_key(key: str, value: Any) -> str:
 
 
 def _hydra_line(item: Override, groups: dict[str, list[str]]) -> str:
-    """The override as Hydra wants it: `++` for keys of open dicts, which it does not know."""
+    """The override as Hydra wants it: `++` for open dicts, whose keys it does not know."""
     line = (item.input_line or "").lstrip("+")
     if item.key_or_group in groups:
         # config.yaml names every group but experiment with an option; Hydra overrides both.
         return line
-    return f"++{line}" if open_dict_of(item.key_or_group) else line
+    key, fields = item.key_or_group, config_fields()
+    is_open = open_dict_of(key) or (key in fields and fields[key].is_open)
+    return f"++{line}" if is_open else line
+
+
+def _drop_arguments(composed: DictConfig, parsed: Sequence[Override]) -> None:
+    typed = {item.key_or_group: item.value() for item in parsed}
+    for key, arguments in ARGUMENTS_OF.items():
+        if key not in typed:
+            continue
+        kept = {name.removeprefix(f"{arguments}.").split(".")[0] for name in typed}
+        whole = typed.get(arguments)
+        kept |= set(whole) if isinstance(whole, dict) else set()
+        node = OmegaConf.select(composed, arguments)
+        left = {name: value for name, value in node.items() if name in kept}
+        OmegaConf.update(composed, arguments, left, merge=False)
 
 
 def _hydra_message(error: Exception, parsed: Sequence[Override]) -> str:

@@ -103,6 +103,8 @@ TABLES = {
     "data.task": ("rollout", "environments/__init__.py", "ENVIRONMENTS"),
     "data.reward": ("rollout", "rewards/__init__.py", "REWARDS"),
 }
+OWN = {"data.task": ", or package.module.Class", "data.reward": ", or package.module.function"}
+"""Keys that also take code of the user's."""
 
 
 def value_of(config: RunConfig, key: str) -> Any:
@@ -131,8 +133,9 @@ def _problem(key: str, value: Any) -> str | None:
     if key in FRACTIONS and not 0 <= value < 1:
         return "must be in [0, 1)"
     options = CHOICES.get(key) or (table_keys(*TABLES[key]) if key in TABLES else None)
-    if options is not None and value not in options:
-        return f"must be one of {', '.join(options)}"
+    own = key in OWN and "." in str(value)  # looked at once all else is right
+    if options is not None and value not in options and not own:
+        return f"must be one of {', '.join(options)}{OWN.get(key, '')}"
     if key == "name" and (not value or "/" in str(value)):
         return "a directory name is wanted"
     if key == "rollout.port" and value > 65535:

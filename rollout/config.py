@@ -87,11 +87,12 @@ class DataConfig:
     """The task: where prompts come from and what scores the answers."""
 
     task: str = "sort"
-    """A row of rollout.environments.ENVIRONMENTS."""
+    """A row of rollout.environments.ENVIRONMENTS, or a class of yours: package.module.Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of that environment's constructor."""
     reward: str = "environment"
-    """A row of rollout.rewards.REWARDS; `environment`: what the environment itself says."""
+    """A row of rollout.rewards.REWARDS (`environment`: what the environment itself says), or a
+    function of yours: package.module.function."""
     timeout_s: float = 60.0
     """Bound of one environment step and of one reward; past it the sample counts as failed."""
     eval_num_prompts: int = 500

@@ -9,7 +9,7 @@ import hashlib
 from typing import Any, Literal
 
 from rollout.config import DataConfig
-from rollout.environments import ENVIRONMENTS, Environment
+from rollout.environments import Environment, find_environment
 from rollout.seeds import derive_seed
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
@@ -25,8 +25,10 @@ class PromptStream:
     """The prompts of one split, in order, from any position."""
 
     def __init__(self, data: DataConfig, seed: int, split: Split) -> None:
-        if data.task not in ENVIRONMENTS:
-            raise ValueError(f"data.task={data.task!r}: use one of {sorted(ENVIRONMENTS)}")
+        try:
+            self._kind = find_environment(data.task)
+        except ValueError as error:
+            raise ValueError(f"data.task={data.task}: {error}") from error
         self._data = data
         self._seed = seed
         self._split = split
@@ -53,11 +55,11 @@ class PromptStream:
         self.position = state["position"]
 
     def _make(self, seed: int) -> Environment:
-        kind = ENVIRONMENTS[self._data.task]
         try:
-            return kind(seed=seed, **self._data.args)
+            return self._kind(seed=seed, **self._data.args)
         except TypeError as error:
-            raise ValueError(f"data.args of task {self._data.task}: {error}") from error
+            args, task = self._data.args, self._data.task
+            raise ValueError(f"data.args={args} of data.task={task}: {error}") from error
 
     def _prompt_seed(self, index: int) -> int:
         """Seed of the first draw for this index that falls into this split."""

@@ -24,7 +24,7 @@ from rollout.evaluate import Evaluator
 from rollout.generate import Generator
 from rollout.process import follow_launcher
 from rollout.producer import Producer, ProducerFailure
-from rollout.rewards import REWARDS
+from rollout.rewards import find_reward
 from rollout.run_dir import RunDir
 from rollout.service import Service
 from rollout.tokens import Chat
@@ -49,8 +49,10 @@ class Parts:
 async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
     """Wait for the engines, then put the parts together; stops generation at the end."""
     run = load_rollout_run(run_dir.config)
-    if run.data.reward not in REWARDS:
-        raise ValueError(f"data.reward={run.data.reward!r}: use one of {sorted(REWARDS)}")
+    try:
+        reward = find_reward(run.data.reward)
+    except ValueError as error:
+        raise ValueError(f"data.reward={run.data.reward}: {error}") from error
     engine = run.rollout.engine
     prompts = PromptStream(run.data, run.seed, "train")
     prompts.environments(0, 1)  # refuse bad data.args before anything is waited for
@@ -61,7 +63,7 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             client=client,
             chat=chat,
             sampling=run.rollout.sampling,
-            reward=REWARDS[run.data.reward],
+            reward=reward,
             timeout_s=run.data.timeout_s,
         )
         standalone = run.mode == "rollout_only"

@@ -1,10 +1,31 @@
 """The tasks by name: one file, one row here, one yaml in hydra_configs/data/."""
 
+import inspect
+
 from rollout.environments.base import Environment
 from rollout.environments.reasoning_gym import ReasoningGymEnvironment
 from rollout.environments.sort import SortEnvironment
+from rollout.own_code import import_own
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "sort": SortEnvironment,
     "reasoning_gym": ReasoningGymEnvironment,
 }
+
+
+def find_environment(name: str) -> type[Environment]:
+    """A row by its name, or a class of the user's own: package.module.Class.
+
+    Raises:
+        ValueError: there is none such; one line, without the key.
+    """
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    if "." not in name:
+        raise ValueError(f"must be one of {', '.join(ENVIRONMENTS)}, or package.module.Class")
+    found = import_own(name)
+    if not (isinstance(found, type) and issubclass(found, Environment)):
+        raise ValueError("is no subclass of rollout.environments.base.Environment")
+    if inspect.isabstract(found):
+        raise ValueError(f"lacks {', '.join(sorted(found.__abstractmethods__))}")
+    return found

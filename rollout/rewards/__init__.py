@@ -1,12 +1,31 @@
 """The rewards by name: each `async (sample, task) -> Reward`."""
 
+import inspect
+
+from rollout.own_code import import_own
 from rollout.rewards.base import Reward, RewardFunction, Task
 from rollout.rewards.rules import environment, exact_match, math_answer
 
-__all__ = ["REWARDS", "Reward", "RewardFunction", "Task"]
+__all__ = ["REWARDS", "Reward", "RewardFunction", "Task", "find_reward"]
 
 REWARDS: dict[str, RewardFunction] = {
     "environment": environment,
     "exact_match": exact_match,
     "math": math_answer,
 }
+
+
+def find_reward(name: str) -> RewardFunction:
+    """A row by its name, or a function of the user's own: package.module.function.
+
+    Raises:
+        ValueError: there is none such; one line, without the key.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    if "." not in name:
+        raise ValueError(f"must be one of {', '.join(REWARDS)}, or package.module.function")
+    found = import_own(name)
+    if not inspect.iscoroutinefunction(found) or len(inspect.signature(found).parameters) != 2:
+        raise ValueError("is not an `async def` of (sample, task)")
+    return found

@@ -72,6 +72,21 @@ def test_open_dicts_take_new_keys() -> None:
     assert config.data.args == {"num_digits": 3}
 
 
+def test_arguments_go_with_what_they_belong_to() -> None:
+    """grpo.yaml's clip_low is ppo_clip's; sort.yaml's num_digits is the sort task's."""
+
+    def algorithm(*line: str) -> dict[str, object]:
+        return compose_config(["algorithm=grpo", "data=sort", *line]).algorithm.loss_args
+
+    assert algorithm("algorithm.loss_args.clip_low=0.1")["clip_high"] == 0.2
+    assert algorithm("algorithm.loss=sapo") == {}
+    knob = "temperature_positive"
+    assert algorithm("algorithm.loss=sapo", f"algorithm.loss_args.{knob}=2") == {knob: 2}
+    assert algorithm("algorithm.loss=sapo", f"algorithm.loss_args={{{knob}: 2}}") == {knob: 2}
+    config = compose_config(["data=sort", "data.task=reasoning_gym", "data.args.family=chain_sum"])
+    assert config.data.args == {"family": "chain_sum"}
+
+
 def test_config_yaml_gives_back_the_same_run(tmp_path: Path) -> None:
     config = compose_config(["experiment=smoke", "rollout.sampling.stop=['a b', \"#\"]", "seed=7"])
     # A shell line is data: nothing in it may be taken for an interpolation when it is read.

@@ -56,9 +56,9 @@ def test_a_task_without_enough_prompts_says_so(monkeypatch):
 
 
 def test_bad_arguments_of_a_task_are_named():
-    with pytest.raises(ValueError, match=r"data.task='nosuch'.*'sort'"):
+    with pytest.raises(ValueError, match=r"data.task=nosuch: .*sort"):
         PromptStream(DataConfig(task="nosuch"), 0, "train")
-    with pytest.raises(ValueError, match=r"data.args of task sort.*digits"):
+    with pytest.raises(ValueError, match=r"data.args=.* of data.task=sort.*digits"):
         identities("train", 1, args={"digits": 3})
     with pytest.raises(ValueError, match=r"num_digits=0"):
         identities("train", 1, args={"num_digits": 0})

@@ -157,8 +157,8 @@ def test_mode_eval_writes_one_line_that_does_not_change(engine, tiny_model_dir, 
 @pytest.mark.parametrize(
     ("changes", "status", "reason"),
     [
-        ({"data": {"task": "sorting"}}, 2, "data.task='sorting'"),
-        ({"data": {"reward": "nosuch"}}, 2, "data.reward='nosuch'"),
+        ({"data": {"task": "sorting"}}, 2, "data.task=sorting"),
+        ({"data": {"reward": "nosuch"}}, 2, "data.reward=nosuch"),
         ({"data": {"tusk": "sort"}}, 2, "data.tusk"),
         ({"seed": "many"}, 2, "seed: Value 'many'"),
         ({"mode": "dance"}, 2, "mode='dance'"),
