@@ -19,7 +19,8 @@ from framework.memory_checks import memory_errors
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
 from rollout.data import PromptStream
-from rollout.rewards import find_reward
+from rollout.rewards import NEED_ANSWER, find_reward
+from rollout.run_dir import RunDir
 
 DIVISORS = {
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
@@ -208,6 +209,11 @@ def _task(config: RunConfig) -> Iterator[str]:
         (environment,) = stream.environments(0, 1)
         if supervised:
             environment.demonstration()
+        if config.data.reward in NEED_ANSWER and "answer" not in environment.describe():
+            yield (
+                f"data.reward={config.data.reward}: compares with an answer, but "
+                f"data.task={config.data.task} describes none; use data.reward=environment"
+            )
     except (ValueError, ImportError) as error:
         said = str(error)
         yield said if said.startswith("data.") else f"data.task={config.data.task}: {said}"
@@ -261,9 +267,10 @@ def _paths(config: RunConfig) -> Iterator[str]:
     yield from resume_errors(config)
     fresh = config.checkpoint.resume != "auto" and not config.dry_run  # which writes nothing
     if fresh and (path / "config.yaml").exists():
+        saved = any(RunDir(path).checkpoints.glob("step_*"))
         yield (
             f"run_dir={config.run_dir}: already holds a run; choose another run_dir= or name=, "
-            "or remove it, or go on with it by checkpoint.resume=auto"
+            f"or remove it{', or go on with it by checkpoint.resume=auto' if saved else ''}"
         )
     elif path.exists() and not path.is_dir():
         yield f"run_dir={config.run_dir}: exists and is not a directory"

@@ -1,15 +1,19 @@
 """The end of a finished run: its report, and the one line that says how it went."""
 
 import json
+from collections.abc import Iterator
 
 from framework.config import RunConfig
 from framework.progress import RunHistory
 from framework.report import write_report
 from rollout.run_dir import RunDir
 
+DRIFT = 1e-2
+"""A difference of log-probs, in nats, that is no rounding any more."""
+
 
 def finish_run(config: RunConfig, seconds: float) -> str:
-    """Write the report (tracker.report) and return the last line of `drivetrain`.
+    """Write the report (tracker.report) and return the last lines of `drivetrain`, notes first.
 
     A report that cannot be written does not undo a finished run: the line says why.
     """
@@ -23,7 +27,25 @@ def finish_run(config: RunConfig, seconds: float) -> str:
             where = f"report {run_dir.report}"
         except (OSError, ValueError) as error:
             where = f"no report ({error}); {where}"
-    return f"drivetrain: {_outcome(config, history)}, {seconds:.0f} s; {where}"
+    last = f"drivetrain: {_outcome(config, history)}, {seconds:.0f} s; {where}"
+    return "\n".join([*(f"drivetrain: note: {note}" for note in _notes(config, history)), last])
+
+
+def _notes(config: RunConfig, history: RunHistory) -> Iterator[str]:
+    """What makes the outcome mean less than it seems to."""
+    if history.steps_done and not history.steps_with_signal:
+        yield (
+            "the samples of every group had equal rewards in all steps: there was nothing to learn "
+            "from"
+        )
+    far = [each for each in history.logprob_diffs if each[1] > DRIFT]
+    if config.mode == "train_only" and far:
+        yield (
+            f"from step {far[0][0]} on the policy is not the one that wrote the journal (log-probs "
+            f"differ by up to {max(diff for _, diff in far):.2g}), and rewards and accuracies are "
+            "the journal's, not its own; mode=eval measures it. A replay with the journal's own "
+            "configuration and layout is exact; in any other the difference grows with each step"
+        )
 
 
 def _outcome(config: RunConfig, history: RunHistory) -> str:

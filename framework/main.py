@@ -15,6 +15,7 @@ from framework.checks import check_config
 from framework.compose import ConfigError, compose_config
 from framework.config import RunConfig
 from framework.help_text import help_text
+from framework.notes import config_notes
 
 if TYPE_CHECKING:
     from framework.launch.prepare import Stages
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in error.errors:
             print(f"drivetrain: {line}", file=sys.stderr)
         return EXIT_REFUSED
+    for note in config_notes(config):
+        print(f"drivetrain: note: {note}", file=sys.stderr)
     if config.dry_run:
         from framework.plan import describe_run
 
@@ -92,6 +95,8 @@ def _start_run(config: RunConfig) -> int:
 
     started = time.monotonic()
     stages = write_run(config)
+    if stages.resumed_from:
+        print(f"drivetrain: goes on after step {stages.resumed_from}", flush=True)
     if config.cluster.launcher == "slurm":
         from framework.launch.slurm import SubmitError, submit
 

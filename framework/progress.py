@@ -41,6 +41,10 @@ class RunHistory:
         """Every eval/accuracy, in order."""
         self.losses: list[float] = []
         """First and last train/loss."""
+        self.steps_with_signal = 0
+        """Steps in which some group had rewards that differ."""
+        self.logprob_diffs: list[tuple[int, float]] = []
+        """(step, largest difference of trainer and engine) of every step."""
         self._reader = MetricsReader(run_dir.metrics)
         self._recent: deque[float] = deque(maxlen=20)
         self._last_arrival: float | None = None
@@ -71,6 +75,9 @@ class RunHistory:
     def _note_step(self, row: dict[str, float]) -> None:
         self.steps_done += 1
         self.losses = [*self.losses[:1], row["train/loss"]]
+        self.steps_with_signal += row.get("rollout/groups_uniform_fraction", 0.0) < 1
+        if LOGPROB_DIFF in row:
+            self.logprob_diffs.append((int(row["step"]), row[LOGPROB_DIFF]))
         now = time.monotonic()
         if self._last_arrival is not None:
             self._recent.append(now - self._last_arrival)
@@ -122,7 +129,8 @@ class ProgressView:
             self._plain(f"{self._phase}: {self._line(self.history)}")
         self._phase, self._phase_start = phase, time.monotonic()
         self.history = RunHistory(run_dir, num_steps)
-        self._plain(f"{self._name}: {phase}, {num_steps} steps")
+        steps = "" if phase == "eval" else f", {num_steps} steps"
+        self._plain(f"{self._name}: {phase}{steps}")
 
     def tick(self) -> None:
         """Show what has happened since; cheap, call it as often as you like."""

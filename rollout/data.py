@@ -6,6 +6,7 @@ prompts, chosen by a hash of their identity, is set aside for evaluation.
 
 import asyncio
 import hashlib
+import inspect
 from typing import Any, Literal
 
 from rollout.config import DataConfig
@@ -59,7 +60,10 @@ class PromptStream:
             return self._kind(seed=seed, **self._data.args)
         except TypeError as error:
             args, task = self._data.args, self._data.task
-            raise ValueError(f"data.args={args} of data.task={task}: {error}") from error
+            known = [name for name in inspect.signature(self._kind).parameters if name != "seed"]
+            raise ValueError(
+                f"data.args={args} of data.task={task}: {error}; it takes {', '.join(known)}"
+            ) from error
 
     def _prompt_seed(self, index: int) -> int:
         """Seed of the first draw for this index that falls into this split."""

@@ -20,6 +20,8 @@ class Stages:
     main: RunConfig
     warm_start: RunConfig | None
     """The supervised stage that must finish before `main` trains."""
+    resumed_from: int = 0
+    """Steps of `main` that the checkpoint it goes on from has trained."""
 
 
 def resolve_stages(config: RunConfig) -> Stages:
@@ -89,6 +91,7 @@ def _continue_run(stages: Stages) -> Stages:
     if not (run_dir.path / "tiny_model" / "tiny_model.json").exists():
         _create_model(main, run_dir)
     write_atomic(run_dir.config, config_yaml(main).encode())
+    stages = dataclasses.replace(stages, resumed_from=done)
     if warm_start is None:
         return stages
     nested = RunDir(warm_start.run_dir)

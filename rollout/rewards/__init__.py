@@ -6,13 +6,15 @@ from rollout.own_code import import_own
 from rollout.rewards.base import Reward, RewardFunction, Task
 from rollout.rewards.rules import environment, exact_match, math_answer
 
-__all__ = ["REWARDS", "Reward", "RewardFunction", "Task", "find_reward"]
+__all__ = ["NEED_ANSWER", "REWARDS", "Reward", "RewardFunction", "Task", "find_reward"]
 
 REWARDS: dict[str, RewardFunction] = {
     "environment": environment,
     "exact_match": exact_match,
     "math": math_answer,
 }
+NEED_ANSWER = ("exact_match", "math")
+"""Those that compare with the answer of the environment's `describe()`."""
 
 
 def find_reward(name: str) -> RewardFunction:

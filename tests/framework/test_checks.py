@@ -210,7 +210,9 @@ def test_a_run_directory_is_never_reused(
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("name: earlier\n")
     assert main([f"run_dir={run_dir}"]) == 2
-    assert f"run_dir={run_dir}: already holds a run" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"run_dir={run_dir}: already holds a run" in error
+    assert "resume=auto" not in error  # which would be refused: it saved no checkpoint
     assert main([f"run_dir={run_dir}", "dry_run=true"]) == 0  # it writes nothing
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
 

@@ -18,6 +18,7 @@ from framework.compose import (
 from framework.config import RunConfig
 from framework.config_fields import config_fields, nearest
 from framework.help_text import help_text
+from framework.notes import config_notes
 from framework.objective import build_objective
 
 ALGORITHMS = Path(__file__).parents[2] / "hydra_configs" / "algorithm"
@@ -169,3 +170,18 @@ def test_every_option_of_every_group_composes() -> None:
         compose_config(
             [f"{group}={options[k % len(options)]}" for group, options in groups.items()]
         )
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (["rollout.max_staleness_steps=1"], ["rollout.max_staleness_steps=1"]),
+        (["rollout.max_staleness_steps=1", "algorithm=decoupled_ppo"], []),
+        (["experiment=qwen3_30b_a3b_16gpu", "optimizer.lr=2e-4"], ["optimizer.lr=0.0002"]),
+        (["experiment=qwen3_30b_a3b_16gpu"], []),
+        (["optimizer.lr=1"], []),  # the tiny model bears much
+    ],
+)
+def test_what_is_seldom_meant_is_said(line: list[str], named: list[str]) -> None:
+    notes = list(config_notes(compose_config(line)))
+    assert [note.split(" ")[0].rstrip(":") for note in notes] == named

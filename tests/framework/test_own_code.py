@@ -84,3 +84,9 @@ def test_a_bad_argument_of_ones_own_task_is_named():
         PromptStream(
             DataConfig(task="own_tasks.Echo", args={"wrd": "go"}), 0, "train"
         ).environments(0, 1)
+
+
+def test_a_reward_that_needs_an_answer_is_refused_for_a_task_without_one():
+    line = ["data.task=own_tasks.Echo", "data.reward=exact_match", "warm_start.num_steps=0"]
+    (error,) = check_config(compose_config(["experiment=smoke", *line]))
+    assert error.startswith("data.reward=exact_match: compares with an answer, but data.task=own_t")

@@ -110,6 +110,26 @@ def test_last_line_tells_accuracy_steps_seconds_and_where(tmp_path: Path) -> Non
     )
 
 
+def test_what_makes_the_outcome_mean_less_is_said_before_it(tmp_path: Path) -> None:
+    def last_lines(mode: str, uniform: float, *diffs: float) -> list[str]:
+        run_dir = tmp_path / f"{mode}_{uniform}_{len(diffs)}"
+        run_dir.mkdir()
+        logger = MetricsLogger(run_dir, tensorboard=False)
+        for step, diff in enumerate(diffs):
+            figures = {"train/loss": 0.0, "train/rollout_logprob_abs_diff_max": diff}
+            logger.log(step + 1, {**figures, "rollout/groups_uniform_fraction": uniform})
+        logger.close()
+        config = compose_config([f"run_dir={run_dir}", f"mode={mode}", "tracker.report=false"])
+        return finish_run(config, 1.0).splitlines()
+
+    assert len(last_lines("train", 0.5, 1e-6, 0.5)) == 1
+    note, _ = last_lines("train", 1.0, 1e-6)
+    assert "equal rewards in all steps" in note
+    note, _ = last_lines("train_only", 0.5, 1e-6, 0.5, 3.0)
+    assert "from step 2 on" in note
+    assert "up to 3" in note
+
+
 def test_report_that_cannot_be_written_is_told_and_the_run_stays_finished(tmp_path: Path) -> None:
     log_run(tmp_path, 3)
     line = finish_run(compose_config([f"run_dir={tmp_path}", "num_steps=3"]), 1.0)

@@ -1,0 +1,26 @@
+"""What is allowed and yet seldom meant: said before a run starts, never refused."""
+
+from collections.abc import Iterator
+
+from framework.config import RunConfig
+from framework.model_shape import read_model_shape
+
+TINY_HIDDEN_SIZE = 512
+"""Models narrower than this bear learning rates that would wreck a real one."""
+USUAL_LR = 1e-5
+
+
+def config_notes(config: RunConfig) -> Iterator[str]:
+    """One line each, for a configuration that `checks` has accepted."""
+    if config.stage != "rl" or config.mode not in ("train", "train_only"):
+        return
+    staleness = config.rollout.max_staleness_steps
+    if staleness and config.algorithm.correction == "none":
+        yield (
+            f"rollout.max_staleness_steps={staleness} with algorithm.correction=none: samples of "
+            "older policies are trained as if they were this one's; algorithm=decoupled_ppo or "
+            "algorithm.correction=token corrects for it"
+        )
+    lr = config.optimizer.lr
+    if lr > USUAL_LR and read_model_shape(config.model).hidden_size >= TINY_HIDDEN_SIZE:
+        yield f"optimizer.lr={lr:g}: large for a model of this size; 1e-6 is usual in RL"
