@@ -13,6 +13,7 @@ from framework.algorithm_checks import algorithm_errors
 from framework.cluster_checks import cluster_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
+from framework.launch.devices import visible_gpus
 from framework.launch.resume import resume_errors
 from framework.layout_checks import layout_errors
 from framework.memory_checks import memory_errors
@@ -43,6 +44,7 @@ def check_config(config: RunConfig) -> list[str]:
     errors += _batch(config)
     errors += _waits(config)
     errors += _router(config)
+    errors += _profile(config)
     try:
         shape = read_model_shape(config.model)
     except ValueError as error:
@@ -178,6 +180,24 @@ def _router(config: RunConfig) -> Iterator[str]:
             f"for it, rollout.engine.num_engines={engine.num_engines}; use round_robin, or "
             "rollout.engine.router=false"
         )
+
+
+def _profile(config: RunConfig) -> Iterator[str]:
+    profile, world_size = config.profile, config.parallel.world_size
+    if not profile.first_step:
+        return
+    last = profile.first_step + profile.num_steps - 1
+    if last > config.num_steps:
+        yield (
+            f"profile.first_step={profile.first_step}: with profile.num_steps={profile.num_steps} "
+            f"its last step is {last}, but num_steps={config.num_steps}"
+        )
+    for rank in profile.ranks:
+        if not 0 <= rank < world_size:
+            yield f"profile.ranks={profile.ranks}: the layout has ranks 0 to {world_size - 1}"
+            break
+    if profile.memory_snapshot and config.cluster.launcher == "local" and not visible_gpus():
+        yield "profile.memory_snapshot=true: needs a GPU, and there is none here"
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from framework.config_system import CheckpointConfig, ClusterConfig, ProfileConfig, TrackerConfig
 from megatron_bridge.layout import Layout
 from rollout.config import DataConfig, RolloutConfig
 
@@ -213,61 +214,6 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    """Resumable state in run_dir/checkpoints: trainers, journal position and the data buffer."""
-
-    every_steps: int = 0
-    """Save after every so many steps and after the last one; 0: never."""
-    keep: int = 2
-    """Newest checkpoints that stay; 0: all of them."""
-    keep_every_steps: int = 0
-    """Besides those, checkpoints of steps divisible by this stay for good; 0: none."""
-    async_save: bool = True
-    """Write in the background while the next steps train."""
-    resume: str = "never"
-    """never | auto: go on with run_dir's run from its newest checkpoint | a checkpoint's path."""
-    timeout_s: float = 600.0
-    """Longest wait for a background save."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ClusterConfig:
-    """Where the roles run."""
-
-    launcher: str = "local"
-    """local: this machine | slurm: one sbatch job | manual: write the run directory, tell how."""
-    num_nodes: int = 1
-    gpus_per_node: int = 8
-    gpu: str = "H100"
-    """Kind of GPU that dry_run plans for, a row of framework.gpus.GPUS."""
-    cpus_per_task: int = 8
-    trainer_nodes: int = 1
-    engine_nodes: int = 0
-    """Nodes of the engines; 0: they share the trainers' nodes."""
-    partition: str = ""
-    account: str = ""
-    time: str = "04:00:00"
-    container_image: str = ""
-    extra_sbatch: list[str] = field(default_factory=list)
-    """Further #SBATCH lines, verbatim."""
-    setup: str = ""
-    """Shell lines that every node runs before a role starts (source .venv/bin/activate)."""
-    stop_timeout_s: float = 20.0
-    """How long roles may take to end when asked, before they are killed."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TrackerConfig:
-    """Where figures go besides metrics.jsonl."""
-
-    tensorboard: bool = True
-    progress: bool = True
-    """Live display on a terminal; plain lines elsewhere."""
-    report: bool = True
-    """report.html at the end."""
-
-
-@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """One run, whole."""
 
@@ -302,3 +248,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -41,6 +41,7 @@ POSITIVE = (
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "timeout_s")),
     "memory.recompute_layers",
     "memory.logits_chunk_tokens",
+    "profile.num_steps",
     "algorithm.updates_per_step",
     "optimizer.lr",
     "optimizer.eps",
@@ -74,6 +75,7 @@ POSITIVE = (
     "cluster.stop_timeout_s",
 )
 NOT_NEGATIVE = (
+    "profile.first_step",
     "seed",
     "parallel.first_stage_layers",
     "parallel.last_stage_layers",

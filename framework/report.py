@@ -54,6 +54,7 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
             ("whole step", "perf/step_time_s"),
             ("waiting for rollouts", "perf/wait_s"),
             ("training", "perf/train_s"),
+            ("of it the update", "perf/update_s"),
             ("weight push", "perf/weight_sync_s"),
         ),
     ),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from framework.megatron.step import StepRunner, largest
 from framework.metrics import MetricsLogger
 from framework.objective import build_objective, effective_sample_fraction
 from framework.overlong import recount, shorten_batch, shorten_sample
+from framework.profiling import Phases, StepProfiler
 from framework.throughput import step_figures, this_device_peak_flops
 from framework.weight_sync import WeightSync
 from rollout.source import BatchSource
@@ -59,49 +61,60 @@ class Trainer:
         cp = self.mesh.layout.cp
         self.length_multiple = 2 * cp if cp > 1 else 1
         self.flops = training_flops(self.policy.hf_config)
+        self.phases = Phases()
 
     def train(self) -> None:
         """The loop, whole."""
         config = self.config
         self.push(self.start_step)
         self.evaluate(0, config.eval.at_start and self.start_step == 0)
+        profiler = StepProfiler(config.profile, Path(config.run_dir, "profile"), self.mesh.rank)
         for step in range(self.start_step, config.num_steps):
-            if self.mesh.rank == 0:
-                self.source.publish(step)
-            start = time.perf_counter()
-            batch = self.source.take(step)
-            taken = time.perf_counter()
-            metrics = self.train_step(batch)
-            trained = time.perf_counter()
             version = step + 1
-            sync_metrics = self.push(version)
-            end = time.perf_counter()
-            times = step_figures(
-                [info.prompt_length + info.response_length for info in batch.samples],
-                self.flops,
-                wait_s=taken - start,
-                train_s=trained - taken,
-                sync_s=end - trained,
-                num_ranks=self.mesh.layout.world_size,
-                peak_flops=this_device_peak_flops(),
-            )
-            self.log(version, {**batch.metrics, **metrics, **sync_metrics, **times})
+            with profiler.step(version):
+                self.one_step(step)
             every = config.eval.every_steps
             last = version == config.num_steps
             due = config.eval.at_end if last else bool(every) and version % every == 0
             self.evaluate(version, due)
             self.save(version, last)
+        profiler.finish()
         if self.checkpoints is not None:
             self.checkpoints.finish()
+
+    def one_step(self, step: int) -> None:
+        """Wait for the batch of `step`, train on it, bring the engines to the next version, log."""
+        if self.mesh.rank == 0:
+            self.source.publish(step)
+        start = time.perf_counter()
+        batch = self.source.take(step)
+        taken = time.perf_counter()
+        metrics = self.train_step(batch)
+        trained = time.perf_counter()
+        sync_metrics = self.push(step + 1)
+        end = time.perf_counter()
+        times = step_figures(
+            [info.prompt_length + info.response_length for info in batch.samples],
+            self.flops,
+            wait_s=taken - start,
+            train_s=trained - taken,
+            sync_s=end - trained,
+            num_ranks=self.mesh.layout.world_size,
+            peak_flops=this_device_peak_flops(),
+        )
+        figures = {**batch.metrics, **metrics, **sync_metrics, **times, **self.phases.take()}
+        self.log(step + 1, figures)
 
     def train_step(self, batch: StepBatch) -> dict[str, float]:
         """Train on one batch; returns its figures, the same on every rank."""
         batch, lost = self.fit(batch)
         plans = self.plan(batch)
-        samples = self.fetch(batch, plans, shortened=lost)
+        with self.phases.measure("fetch"):
+            samples = self.fetch(batch, plans, shortened=lost)
         batch = recount(batch, lost, samples)
-        advantages = self.objective.advantages(batch)
-        updates = [self.pack(plan, batch, samples, advantages) for plan in plans]
+        with self.phases.measure("pack"):
+            advantages = self.objective.advantages(batch)
+            updates = [self.pack(plan, batch, samples, advantages) for plan in plans]
         # Where a run begins or goes on; samples of older versions would differ by right.
         begins = batch.step == self.start_step and self.config.stage == "rl"
         gate = begins and self.config.gate.enabled and batch.staleness_max == 0
@@ -109,18 +122,20 @@ class Trainer:
             print("gate: not checked: switched off, or a batch of older versions", flush=True)
         several = len(updates) > 1 or self.config.algorithm.recompute_old_logprobs
         if gate or several:
-            for microbatches in updates:
-                self.runner.logprobs(microbatches)
+            with self.phases.measure("old_logprobs"):
+                for microbatches in updates:
+                    self.runner.logprobs(microbatches)
         if gate:
             self.check_gate(updates)
         if self.reference is not None:
-            with self.reference.swapped_in():
+            with self.phases.measure("ref_logprobs"), self.reference.swapped_in():
                 for microbatches in updates:
                     self.runner.logprobs(microbatches, of_reference=True)
         figures: list[dict[str, float]] = []
         for i, microbatches in enumerate(updates):
             lr = self.learning_rate(batch.step * len(updates) + i)
-            figures.append(self.runner.update(microbatches, self.objective, lr))
+            with self.phases.measure("update"):
+                figures.append(self.runner.update(microbatches, self.objective, lr))
         metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
         metrics["train/tokens"] *= len(figures)  # each token is in one update
         if self.config.batch.overlong == "truncate":

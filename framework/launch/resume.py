@@ -13,7 +13,7 @@ from rollout.run_dir import RunDir
 
 MAY_DIFFER = (
     *("name", "run_dir", "num_steps", "dry_run", "dry_run_rank", "parallel", "memory", "batch"),
-    *("cluster", "tracker", "checkpoint", "eval", "weight_sync", "gate"),
+    *("cluster", "tracker", "profile", "checkpoint", "eval", "weight_sync", "gate"),
     *(f"rollout.{name}" for name in ("host", "port", "address", "batch_timeout_s")),
     "rollout.max_body_bytes",
     *(f"rollout.engine.{name}" for name in ("num_engines", "tp", "host", "urls", "api_key")),
