@@ -19,6 +19,7 @@ SERVER_FILES = {
     "tests/megatron_bridge/test_checksum.py",
     "tests/rollout/test_engine.py",
     "tests/rollout/test_router.py",
+    "tests/rollout/test_turns.py",
 }
 """Those with a test that asks for `engine`."""
 

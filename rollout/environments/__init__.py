@@ -2,13 +2,23 @@
 
 import inspect
 
+from rollout.environments.bandit import BanditEnvironment
 from rollout.environments.base import Environment
+from rollout.environments.calculator import CalculatorEnvironment
+from rollout.environments.countdown import CountdownEnvironment
+from rollout.environments.frozen_lake import FrozenLakeEnvironment
+from rollout.environments.guess import GuessEnvironment
 from rollout.environments.reasoning_gym import ReasoningGymEnvironment
 from rollout.environments.sort import SortEnvironment
 from rollout.own_code import import_own
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "sort": SortEnvironment,
+    "calculator": CalculatorEnvironment,
+    "guess": GuessEnvironment,
+    "bandit": BanditEnvironment,
+    "frozen_lake": FrozenLakeEnvironment,
+    "countdown": CountdownEnvironment,
     "reasoning_gym": ReasoningGymEnvironment,
 }
 

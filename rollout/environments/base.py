@@ -57,5 +57,7 @@ class Environment(ABC):
         return {}
 
     def demonstration(self) -> list[str]:
-        """Right replies, one a turn, for supervised training; ValueError where there are none."""
+        """Replies, one a turn, for supervised training; ValueError where there are none.
+
+        Right ones, unless an argument of the task asks for some that are not."""
         raise ValueError(f"{type(self).__name__} has no demonstrations: stage=sft cannot use it")

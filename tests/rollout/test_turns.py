@@ -1,0 +1,67 @@
+"""Episodes of several turns against the real server, as the journal keeps them."""
+
+import asyncio
+from pathlib import Path
+
+from rollout.batch import make_batch
+from rollout.client import EngineClient
+from rollout.config import EngineConfig, SamplingConfig
+from rollout.generate import Episode, Generator
+from rollout.journal import read_step, write_step
+from rollout.rewards import REWARDS
+from rollout.tokens import Chat
+from rollout.types import Group, Sample, Status
+from tests.conftest import API_KEY
+from tests.rollout.fakes import EchoEnvironment
+
+NUM_TURNS = 3
+
+
+def play(url: str, chat: Chat) -> list[Sample]:
+    async def main() -> list[Sample]:
+        async with EngineClient([url], API_KEY, EngineConfig()) as client:
+            generator = Generator(
+                client=client,
+                chat=chat,
+                sampling=SamplingConfig(max_new_tokens=300),
+                reward=REWARDS["environment"],
+                timeout_s=5.0,
+            )
+            episodes = [
+                Episode(
+                    environment=EchoEnvironment(seed=0, num_turns=NUM_TURNS),
+                    group_id=0,
+                    index=k,
+                    seed=k,
+                )
+                for k in range(6)
+            ]
+            return await generator.run(episodes, 0)
+
+    return asyncio.run(main())
+
+
+def test_turns_of_a_real_policy_keep_their_boundaries_and_masks(engine, chat, tmp_path):
+    samples = play(engine.url, chat)
+    batch, _ = make_batch(0, [Group(group_id=0, start_version=0, samples=samples)], 1.0)
+    _, journaled = read_step(write_step(Path(tmp_path), batch, samples))
+    finished = [sample for sample in journaled if sample.status is Status.STOPPED]
+    assert finished, "an untrained policy ends some of its replies by chance"
+    for sample in finished:
+        response = sample.tokens[sample.prompt_length :].tolist()
+        expected_mask, starts, rest = [], [], response
+        for turn in range(NUM_TURNS):
+            starts.append(len(expected_mask))
+            length = rest.index(chat.end_id) + 1
+            told = chat.tokens(f"q{turn + 1}") if turn + 1 < NUM_TURNS else []
+            assert rest[length : length + len(told)] == told
+            expected_mask += [1] * length + [0] * len(told)
+            rest = rest[length + len(told) :]
+        assert not rest
+        assert sample.loss_mask.tolist() == expected_mask
+        assert sample.turn_starts.tolist() == starts
+        written = sample.loss_mask.astype(bool)
+        assert (sample.rollout_logprobs[written] < 0).all()
+        assert not sample.rollout_logprobs[~written].any()
+        assert (sample.versions[written] >= 0).all()
+        assert (sample.versions[~written] == -1).all()
