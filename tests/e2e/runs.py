@@ -19,7 +19,7 @@ COMMON = [
     "optimizer.lr=1e-3",
     "tracker.tensorboard=false",
 ]
-TIMES = ("_s", "tokens_per_s")
+TIMES = ("_s", "tokens_per_s", "peak_memory_bytes")
 
 
 def drivetrain(*overrides: str, check: bool = True, timeout_s: float = 280):
