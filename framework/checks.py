@@ -20,6 +20,7 @@ from framework.memory_checks import memory_errors
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
 from rollout.data import PromptStream
+from rollout.filters import GroupFilters, num_kept
 from rollout.rewards import NEED_ANSWER, find_reward
 from rollout.run_dir import RunDir
 
@@ -208,16 +209,22 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"warm_start.batch_size={config.warm_start.batch_size}: fewer demonstrations than "
             f"parallel.dp={parallel.dp}"
         )
-    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    groups = num_kept(rollout.prompts_per_step, rollout.keep_share)
+    samples = groups * rollout.samples_per_prompt
     if config.stage == "rl" and samples < parallel.dp:
         yield (
             f"parallel.dp={parallel.dp}: more replicas than samples of a step "
-            f"(rollout.prompts_per_step * rollout.samples_per_prompt = {samples})"
+            f"({groups} * rollout.samples_per_prompt = {samples})"
         )
     if config.stage == "rl" and config.algorithm.updates_per_step > samples:
         yield (
             f"algorithm.updates_per_step={config.algorithm.updates_per_step}: more than the "
             f"{samples} samples of a step"
+        )
+    if "dynamic_sampling" in rollout.filters and rollout.samples_per_prompt == 1:
+        yield (
+            "rollout.filters=dynamic_sampling: drops every group of one sample, "
+            "rollout.samples_per_prompt=1; at least 2 are wanted"
         )
 
 
@@ -241,6 +248,10 @@ def _task(config: RunConfig) -> Iterator[str]:
         find_reward(config.data.reward)
     except ValueError as error:
         yield f"data.reward={config.data.reward}: {error}"
+    try:
+        GroupFilters(config.rollout.filters)
+    except ValueError as error:
+        yield str(error)
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:

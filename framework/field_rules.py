@@ -58,6 +58,8 @@ POSITIVE = (
     "rollout.engine.start_timeout_s",
     "rollout.engine.request_timeout_s",
     "rollout.batch_timeout_s",
+    "rollout.keep_share",
+    "rollout.max_refills",
     "rollout.max_body_bytes",
     "data.eval_num_prompts",
     "data.timeout_s",
@@ -88,6 +90,8 @@ NOT_NEGATIVE = (
     "rollout.engine.max_retries",
     "rollout.port",
     "data.eval_temperature",
+    "data.overlong_penalty",
+    "data.overlong_share",
     "warm_start.num_steps",
     "warm_start.warmup_steps",
     "warm_start.weight_decay",
@@ -97,6 +101,7 @@ NOT_NEGATIVE = (
     "checkpoint.keep_every_steps",
     "cluster.engine_nodes",
 )
+SHARES = ("rollout.keep_share", "data.overlong_share")
 FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2")
 TABLES = {
     "algorithm.kl_estimator": ("framework", "algorithm/kl.py", "KL_ESTIMATORS"),
@@ -132,6 +137,8 @@ def _problem(key: str, value: Any) -> str | None:
         return "must be greater than 0"
     if key in NOT_NEGATIVE and value < 0:
         return "must not be negative"
+    if key in SHARES and value > 1:
+        return "a share is at most 1"
     if key in FRACTIONS and not 0 <= value < 1:
         return "must be in [0, 1)"
     options = CHOICES.get(key) or (table_keys(*TABLES[key]) if key in TABLES else None)

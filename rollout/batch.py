@@ -1,6 +1,6 @@
 """Groups -> the batch of one step: metadata for every rank, and the figures people watch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,17 +8,24 @@ from rollout.types import Group, Sample, SampleInfo, Status, StepBatch
 
 
 def make_batch(
-    step: int, groups: Sequence[Group], generate_time_s: float
+    step: int,
+    groups: Sequence[Group],
+    generate_time_s: float,
+    dropped: Mapping[str, int] | None = None,
 ) -> tuple[StepBatch, list[Sample]]:
     """The batch of a step and its samples, both ordered by (group_id, index).
 
     generate_time_s: from the start of the first to the end of the last of its groups.
+    dropped: groups that were generated for it and not kept, by reason.
     """
     samples = [sample for group in groups for sample in group.samples]
     infos = [sample_info(sample, group) for group in groups for sample in group.samples]
     staleness_max = step - min(info.version for info in infos)
     metrics = _metrics(step, groups, infos, generate_time_s)
     metrics["rollout/staleness_max"] = float(staleness_max)
+    for why, count in sorted((dropped or {}).items()):
+        if count:
+            metrics[f"rollout/dropped/{why}"] = float(count)
     batch = StepBatch(step=step, samples=infos, staleness_max=staleness_max, metrics=metrics)
     return batch, samples
 

@@ -10,6 +10,10 @@ With B = groups per step, eta = max_staleness_steps and v = the policy version:
 The first rule lets that always be possible: at most (t + 1) * B groups ever have a deadline of t
 or earlier. The second keeps it so: nothing older than eta is ever trained, and nothing dropped.
 With eta = 0 the batch of step s is exactly the B groups started at version s.
+
+A finished group may be dropped instead of accepted; then one more may start, with a new id. Both
+rules count groups not dropped, so the bound stays. With eta = 0 the batch is then the first B
+groups from there on that are not dropped, in whatever order they finish.
 """
 
 from collections import Counter
@@ -35,6 +39,10 @@ class BufferState:
     next_step: int
     leases: list[Lease] = field(default_factory=list)
     accepted: list[Group] = field(default_factory=list)
+    num_dropped: int = 0
+    """Ever."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Since the last step, by reason."""
 
 
 class DataBuffer:
@@ -50,6 +58,9 @@ class DataBuffer:
         self.version = -1
         """Policy version that new groups start with; -1: nothing published, nothing may start."""
         self.next_step = 0
+        self.dropped: Counter[str] = Counter()
+        """Groups dropped since the last step, by reason."""
+        self._num_dropped = 0
         self._next_group_id = 0
         self._running: dict[int, Lease] = {}
         self._returned: list[Lease] = []
@@ -83,7 +94,7 @@ class DataBuffer:
         limit = (self.version + self._eta + 1) * self._groups_per_step if self.version >= 0 else 0
         if self._num_steps is not None:
             limit = min(limit, self._num_steps * self._groups_per_step)
-        if self._next_group_id >= limit:
+        if self._next_group_id - self._num_dropped >= limit:
             return None
         lease = Lease(group_id=self._next_group_id, start_version=self.version)
         self._next_group_id += 1
@@ -105,6 +116,15 @@ class DataBuffer:
             )
         self._take_running(group.group_id)
         self._accepted.setdefault(group.start_version, []).append(group)
+
+    def drop(self, group_id: int, why: str) -> None:
+        """A running group is finished and not wanted: another may start in its place."""
+        lease = self._take_running(group_id)
+        self._undelivered[lease.start_version] -= 1
+        if not self._undelivered[lease.start_version]:
+            del self._undelivered[lease.start_version]
+        self._num_dropped += 1
+        self.dropped[why] += 1
 
     def may_take(self) -> bool:
         """Whether take() would give a batch now."""
@@ -131,6 +151,7 @@ class DataBuffer:
             if len(batch) == self._groups_per_step:
                 break
         self.next_step += 1
+        self.dropped = Counter()
         return sorted(batch, key=lambda group: group.group_id)
 
     def blockers(self) -> list[int]:
@@ -146,6 +167,8 @@ class DataBuffer:
             next_step=self.next_step,
             leases=[*self._returned, *self._running.values()],
             accepted=[group for groups in self._accepted.values() for group in groups],
+            num_dropped=self._num_dropped,
+            dropped=dict(self.dropped),
         )
 
     def load_state_dict(self, state: BufferState) -> None:
@@ -160,6 +183,8 @@ class DataBuffer:
             self._accepted.setdefault(group.start_version, []).append(group)
         pending = [*state.leases, *state.accepted]
         self._undelivered = Counter(item.start_version for item in pending)
+        self._num_dropped = state.num_dropped
+        self.dropped = Counter(state.dropped)
 
     def _take_running(self, group_id: int) -> Lease:
         lease = self._running.pop(group_id, None)

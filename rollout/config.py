@@ -68,6 +68,13 @@ class RolloutConfig:
     """Samples in a group."""
     max_staleness_steps: int = 0
     """0: on-policy; 1: one step off; n: no group trained on is older than n versions."""
+    filters: list[str] = field(default_factory=list)
+    """Rows of rollout.filters.FILTERS (dynamic_sampling | failed), or functions of yours:
+    package.module.function. A group that one of them drops is replaced by another prompt's."""
+    max_refills: int = 20
+    """The run ends when filters drop more than this times prompts_per_step groups for one step."""
+    keep_share: float = 1.0
+    """StarPO-S: of a step's groups only this share, those whose rewards spread most, is trained."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     host: str = "127.0.0.1"
@@ -93,6 +100,10 @@ class DataConfig:
     reward: str = "environment"
     """A row of rollout.rewards.REWARDS (`environment`: what the environment itself says), or a
     function of yours: package.module.function."""
+    overlong_share: float = 0.0
+    """DAPO's soft punishment: from where this share of rollout.sampling.max_new_tokens is left, the
+    training reward falls, by overlong_penalty where none is left. 0: none."""
+    overlong_penalty: float = 1.0
     timeout_s: float = 60.0
     """Bound of one environment step and of one reward; past it the sample counts as failed."""
     eval_num_prompts: int = 500

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import uvicorn
 
@@ -21,10 +21,11 @@ from rollout.client import EngineClient, EngineFailure
 from rollout.config import EngineConfig, RolloutRun, load_rollout_run
 from rollout.data import PromptStream
 from rollout.evaluate import Evaluator
+from rollout.filters import GroupFilters
 from rollout.generate import Generator
 from rollout.process import follow_launcher
 from rollout.producer import Producer, ProducerFailure
-from rollout.rewards import find_reward
+from rollout.rewards import find_reward, punish_overlong
 from rollout.run_dir import RunDir
 from rollout.service import Service
 from rollout.tokens import Chat
@@ -53,7 +54,8 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
         reward = find_reward(run.data.reward)
     except ValueError as error:
         raise ValueError(f"data.reward={run.data.reward}: {error}") from error
-    engine = run.rollout.engine
+    engine, sampling, data = run.rollout.engine, run.rollout.sampling, run.data
+    filters = GroupFilters(run.rollout.filters)
     prompts = PromptStream(run.data, run.seed, "train")
     prompts.environments(0, 1)  # refuse bad data.args before anything is waited for
     chat = Chat.load(run.model.hf_path)
@@ -62,10 +64,19 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
         generator = Generator(
             client=client,
             chat=chat,
-            sampling=run.rollout.sampling,
+            sampling=sampling,
             reward=reward,
             timeout_s=run.data.timeout_s,
         )
+        # Of training alone: accuracy is of what the task itself says.
+        punished = reward
+        if data.overlong_share:
+            punished = punish_overlong(
+                reward,
+                max_tokens=sampling.max_new_tokens,
+                share=data.overlong_share,
+                penalty=data.overlong_penalty,
+            )
         standalone = run.mode == "rollout_only"
         per_group = run.rollout.samples_per_prompt
         capacity = engine.num_engines * engine.max_running_requests
@@ -79,12 +90,15 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
                 num_steps=run.num_steps,
             ),
             prompts=prompts,
-            generator=generator,
+            generator=replace(generator, reward=punished),
             samples_per_prompt=per_group,
             seed=run.seed,
             rollouts=run_dir.rollouts,
             # Twice what the engines compute at a time: their queues never run dry.
             max_running_groups=2 * max(1, capacity // per_group),
+            filters=filters,
+            max_dropped_per_step=run.rollout.max_refills * run.rollout.prompts_per_step,
+            keep_share=run.rollout.keep_share,
         )
         evaluator = Evaluator(
             data=run.data, seed=run.seed, generator=generator, results=run_dir.eval

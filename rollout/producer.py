@@ -13,6 +13,7 @@ from rollout.batch import make_batch
 from rollout.buffer import BufferState, DataBuffer, Lease
 from rollout.client import EngineFailure
 from rollout.data import PromptStream
+from rollout.filters import FilterFailure, GroupFilters, keep_widest
 from rollout.generate import Episode, Generator
 from rollout.journal import drop_steps, read_step, step_path, write_step
 from rollout.seeds import derive_seed
@@ -51,7 +52,11 @@ class Producer:
         seed: int,
         rollouts: Path,
         max_running_groups: int,
+        filters: GroupFilters | None = None,
+        max_dropped_per_step: int = 0,
+        keep_share: float = 1.0,
     ) -> None:
+        """max_dropped_per_step: groups that filters may drop for one step before the run ends."""
         self.buffer = buffer
         self.failure: str | None = None
         """Why generation ended for good."""
@@ -62,6 +67,9 @@ class Producer:
         self._seed = seed
         self._rollouts = rollouts
         self._max_running_groups = max_running_groups
+        self._filters = filters or GroupFilters([])
+        self._max_dropped_per_step = max_dropped_per_step
+        self._keep_share = keep_share
         self._changed = asyncio.Condition()
         self._delivery = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
@@ -145,12 +153,15 @@ class Producer:
                 raise ProducerFailure(self.failure)
             if step < self.buffer.next_step:
                 return await asyncio.to_thread(read_step, step_path(self._rollouts, step))
+            dropped = self.buffer.dropped
             groups = self.buffer.take()
             assert groups is not None, "the buffer promised a batch"
+            kept = keep_widest(groups, self._keep_share)
+            dropped["low_spread"] += len(groups) - len(kept)
             now = time.monotonic()  # groups that came with a checkpoint have no times
             times = [self._times.pop(group.group_id, (now, now)) for group in groups]
             seconds = max(end for _, end in times) - min(start for start, _ in times)
-            batch, samples = make_batch(step, groups, seconds)
+            batch, samples = make_batch(step, kept, seconds, dropped)
             if all(sample.status is Status.FAILED for sample in samples):
                 self._fail(f"every sample of step {step} failed: {samples[0].metadata['error']}")
                 raise ProducerFailure(str(self.failure))
@@ -189,7 +200,11 @@ class Producer:
             start = time.monotonic()
             samples = await self._generate(lease)
             self._times[lease.group_id] = (start, time.monotonic())
-        except EngineFailure as error:
+            group = Group(
+                group_id=lease.group_id, start_version=lease.start_version, samples=samples
+            )
+            why = self._filters.reason(group)
+        except (EngineFailure, FilterFailure) as error:
             self._fail(str(error))
         except Exception as error:
             # The environment boundary: its constructor is foreign code. Whatever ended this group
@@ -197,11 +212,25 @@ class Producer:
             logger.exception("group %d", lease.group_id)
             self._fail(f"group {lease.group_id}: {type(error).__name__}: {error}")
         else:
-            self.buffer.accept(
-                Group(group_id=lease.group_id, start_version=lease.start_version, samples=samples)
-            )
+            if why:
+                self._drop(group, why)
+            else:
+                self.buffer.accept(group)
         async with self._changed:
             self._changed.notify_all()
+
+    def _drop(self, group: Group, why: str) -> None:
+        """Not wanted: its lease is free again, but not without end."""
+        self._times.pop(group.group_id)
+        self.buffer.drop(group.group_id, why)
+        if self.buffer.dropped.total() > self._max_dropped_per_step:
+            counts = ", ".join(f"{n} {name}" for name, n in self.buffer.dropped.most_common())
+            error = next((s.metadata["error"] for s in group.samples if "error" in s.metadata), "")
+            self._fail(
+                f"step {self.buffer.next_step}: rollout.filters dropped {counts}; more than "
+                "rollout.max_refills times the groups of a step. Is the task too hard or too easy "
+                f"for this policy?{f' Last failure: {error}' if error else ''}"
+            )
 
     async def _generate(self, lease: Lease) -> list[Sample]:
         environments = self._prompts.environments(lease.group_id, self._samples_per_prompt)

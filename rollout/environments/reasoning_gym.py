@@ -9,6 +9,21 @@ from typing import Any
 from rollout.environments.base import Environment, EnvironmentStep, Message
 
 
+def _question(name: str, seed: int, args: tuple[tuple[str, Any], ...]) -> tuple[Any, dict]:
+    """A family's dataset and its question of this seed.
+
+    An entry depends on the sum of the dataset's seed and its index, so one dataset gives all: some
+    families take a tenth of a second to make one. The few that draw beforehand for `size` indices
+    get one for each seed.
+    """
+    dataset = _family(name, 0, args)
+    try:
+        return dataset, dataset[seed]
+    except IndexError:
+        dataset = _family(name, seed, args)
+        return dataset, dataset[0]
+
+
 @lru_cache(maxsize=64)
 def _family(name: str, seed: int, args: tuple[tuple[str, Any], ...]) -> Any:
     import reasoning_gym
@@ -39,8 +54,7 @@ class ReasoningGymEnvironment(Environment):
         **args: Any,
     ) -> None:
         """question: `question`, or the name of a metadata entry that holds it (`expression`)."""
-        self.dataset = _family(family, seed, tuple(sorted(args.items())))
-        self.entry: dict[str, Any] = self.dataset[0]
+        self.dataset, self.entry = _question(family, seed, tuple(sorted(args.items())))
         if question == "question":
             text = self.entry["question"]
         elif isinstance(self.entry["metadata"].get(question), str):

@@ -4,9 +4,18 @@ import inspect
 
 from rollout.own_code import import_own
 from rollout.rewards.base import Reward, RewardFunction, Task
+from rollout.rewards.overlong import punish_overlong
 from rollout.rewards.rules import environment, exact_match, math_answer
 
-__all__ = ["NEED_ANSWER", "REWARDS", "Reward", "RewardFunction", "Task", "find_reward"]
+__all__ = [
+    "NEED_ANSWER",
+    "REWARDS",
+    "Reward",
+    "RewardFunction",
+    "Task",
+    "find_reward",
+    "punish_overlong",
+]
 
 REWARDS: dict[str, RewardFunction] = {
     "environment": environment,

@@ -9,6 +9,7 @@ from rollout.client import Generation
 from rollout.config import SamplingConfig
 from rollout.environments.base import Environment, EnvironmentStep, Message
 from rollout.tokens import Chat
+from rollout.types import Group
 
 
 class ScriptedClient:
@@ -84,3 +85,20 @@ class EchoEnvironment(Environment):
         if self.trouble == "describe":
             raise LookupError("who am I")
         return {"prompt": "q0", "answer": "q0"}
+
+
+def odd_ids(group: Group) -> str:
+    """A group filter of a user's own."""
+    return "odd" if group.group_id % 2 else ""
+
+
+def raising_filter(group: Group) -> str:
+    raise LookupError("no such group")
+
+
+def wordy_filter(group: Group) -> str:
+    return "it was too easy"
+
+
+def wrong_filter(group: Group) -> str:
+    return True  # pyright: ignore[reportReturnType]
