@@ -10,6 +10,7 @@ from typing import Any
 
 from framework.config import RunConfig
 from framework.config_fields import nearest
+from framework.preference_checks import needs_reference, preference_losses
 from framework.source_facts import row_knobs, table_keys
 
 ROWS = {
@@ -24,20 +25,21 @@ GROUP_BASELINES = ("group_normalized", "group_centered", "group_mean_batch_std",
 def algorithm_errors(config: RunConfig) -> Iterator[str]:
     """One line for every row that is not there and every knob it does not have."""
     algorithm = config.algorithm
-    for kind, (folder, table, function) in ROWS.items():
+    for kind, (folder, table, function) in _tables(config).items():
         name = getattr(algorithm, kind)
         try:
             knobs = _knobs(folder, table, function, name)
         except ValueError as error:
-            yield f"algorithm.{kind}={name}: {error}"
+            yield f"algorithm.{kind}={name}: {_other_stage(config, kind, name) or error}"
             continue
         yield from _arguments(f"algorithm.{kind}_args", getattr(algorithm, f"{kind}_args"), knobs)
     low, high = (algorithm.correction_args.get(name, 0) for name in ("low", "high"))
     if all(isinstance(value, int | float) for value in (low, high)) and 0 < high < low:
         yield f"algorithm.correction_args.low={low}: above algorithm.correction_args.high={high}"
+    if config.mode != "eval" and config.stage != "sft":
+        yield from _reference(config)
     if config.stage != "rl" or config.mode == "eval":
         return
-    yield from _reference(config)
     if algorithm.advantage in GROUP_BASELINES and config.rollout.samples_per_prompt < 2:
         yield (
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: "
@@ -50,16 +52,38 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _tables(config: RunConfig) -> dict[str, tuple[str, str, str]]:
+    """The rows that this stage chooses from."""
+    if config.stage == "preference":
+        return {"loss": ("preference", "PREFERENCE_LOSSES", "loss")}
+    return ROWS
+
+
+def _other_stage(config: RunConfig, kind: str, name: str) -> str:
+    if kind != "loss":
+        return ""
+    if config.stage == "preference":
+        known = name in table_keys("framework", "algorithm/losses/__init__.py", "LOSSES")
+        return (
+            "is for stage=rl; choose algorithm=dpo or another for stage=preference" if known else ""
+        )
+    return "is for stage=preference; set that" if name in preference_losses() else ""
+
+
 def _reference(config: RunConfig) -> Iterator[str]:
     algorithm, resume = config.algorithm, config.checkpoint.resume
-    if algorithm.reference and not algorithm.kl_coef:
+    wanted = needs_reference(config)
+    if config.stage == "preference":
+        why = f"algorithm.loss={algorithm.loss}"
+        unused = f"{why} has no reference policy"
+    else:
+        why = f"algorithm.kl_coef={algorithm.kl_coef:g}"
+        unused = "not used while algorithm.kl_coef=0; set a coefficient, for example 0.001"
+    if algorithm.reference and not wanted:
+        yield f"algorithm.reference={algorithm.reference}: {unused}"
+    if wanted and not algorithm.reference and resume not in ("auto", "never"):
         yield (
-            f"algorithm.reference={algorithm.reference}: not used while algorithm.kl_coef=0; "
-            "set a coefficient, for example 0.001"
-        )
-    if algorithm.kl_coef and not algorithm.reference and resume not in ("auto", "never"):
-        yield (
-            f"algorithm.kl_coef={algorithm.kl_coef:g}: checkpoint.resume={resume} begins with "
+            f"{why}: checkpoint.resume={resume} begins with "
             "weights that are no Hugging Face directory; name the reference by algorithm.reference"
         )
 
@@ -104,6 +128,10 @@ def _problem(name: str, type_text: str, value: Any) -> str | None:
             return "a finite number that is not negative is wanted"
         if name == "std_eps" and value == 0:
             return "must be greater than 0: a group of equal rewards has no spread to divide by"
+        if name == "beta" and value == 0:
+            return "must be greater than 0"
+        if name == "label_smoothing" and value >= 0.5:
+            return "must be below 0.5: a label that is as likely wrong as right says nothing"
         if name == "clip_low" and value > 1:
             return "must be in [0, 1]: a ratio is never below 0"
     return None

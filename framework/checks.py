@@ -8,6 +8,7 @@ Nothing heavy is imported: model and package facts are read from files.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 from framework.algorithm_checks import algorithm_errors
 from framework.cluster_checks import cluster_errors
@@ -19,6 +20,7 @@ from framework.layout_checks import layout_errors
 from framework.memory_checks import memory_errors
 from framework.model_shape import ModelShape, read_hf_config, read_model_shape
 from framework.passthrough import passthrough_errors
+from framework.preference_checks import preference_data_errors, preference_errors
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters, num_kept
 from rollout.rewards import NEED_ANSWER, find_reward
@@ -41,6 +43,7 @@ def check_config(config: RunConfig) -> list[str]:
     errors += _mode_and_stage(config)
     errors += _sampling(config)
     errors += algorithm_errors(config)
+    errors += preference_errors(config)
     errors += _asynchrony(config)
     errors += _batch(config)
     errors += _waits(config)
@@ -70,8 +73,8 @@ def _mode_and_stage(config: RunConfig) -> Iterator[str]:
         yield (
             f"dry_run_rank={config.dry_run_rank}: the layout has {config.parallel.world_size} ranks"
         )
-    if config.stage == "sft" and config.mode != "train":
-        yield f"mode={config.mode}: stage=sft knows only mode=train"
+    if config.stage != "rl" and config.mode != "train":
+        yield f"mode={config.mode}: stage={config.stage} knows only mode=train"
     if config.stage == "sft" and config.warm_start.num_steps:
         yield (
             f"warm_start.num_steps={config.warm_start.num_steps}: stage=sft is itself the warm "
@@ -115,7 +118,7 @@ def _journal(config: RunConfig) -> Iterator[str]:
 
 def _sampling(config: RunConfig) -> Iterator[str]:
     sampling = config.rollout.sampling
-    if config.stage == "sft" or config.mode == "eval":
+    if config.stage != "rl" or config.mode == "eval":
         return
     if sampling.top_p != 1.0:
         yield (
@@ -231,6 +234,9 @@ def _batch(config: RunConfig) -> Iterator[str]:
 def _task(config: RunConfig) -> Iterator[str]:
     """Make the first prompt: the environment itself knows its arguments best."""
     supervised = config.stage == "sft" or config.warm_start.num_steps > 0
+    if config.data.path:
+        yield from preference_data_errors(config)
+        return
     try:
         stream = PromptStream(config.data, config.seed, "sft" if supervised else "train")
         (environment,) = stream.environments(0, 1)
@@ -241,6 +247,8 @@ def _task(config: RunConfig) -> Iterator[str]:
                 f"data.reward={config.data.reward}: compares with an answer, but "
                 f"data.task={config.data.task} describes none; use data.reward=environment"
             )
+        if config.stage == "preference":
+            environment.mistake(Random(config.seed))
     except (ValueError, ImportError) as error:
         said = str(error)
         yield said if said.startswith("data.") else f"data.task={config.data.task}: {said}"

@@ -29,7 +29,7 @@ def cluster_errors(config: RunConfig) -> Iterator[str]:
 
 def _local_gpus(config: RunConfig, engine_gpus: int) -> int:
     trainers = config.parallel.world_size
-    if config.mode == "train_only" or config.stage == "sft":
+    if config.mode == "train_only" or config.stage != "rl":
         return trainers
     return engine_gpus + (trainers if config.mode == "train" else 0)
 

@@ -7,6 +7,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from framework.config_stages import PreferenceConfig, WarmStartConfig
 from framework.config_system import CheckpointConfig, ClusterConfig, ProfileConfig, TrackerConfig
 from megatron_bridge.layout import Layout
 from rollout.config import DataConfig, RolloutConfig
@@ -115,7 +116,8 @@ class AlgorithmConfig:
     advantage_args: dict[str, Any] = field(default_factory=dict)
     """Its knobs: the fields of its Config."""
     loss: str = "ppo_clip"
-    """A row of framework.algorithm.losses.LOSSES, or a module of yours: package.module."""
+    """A row of framework.algorithm.losses.LOSSES (for stage=preference of PREFERENCE_LOSSES), or a
+    module of yours: package.module."""
     loss_args: dict[str, Any] = field(default_factory=dict)
     """Its knobs: the fields of its Config."""
     correction: str = "none"
@@ -191,19 +193,6 @@ class GateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class WarmStartConfig:
-    """Supervised steps on the task's own demonstrations before the RL stage (0: none)."""
-
-    num_steps: int = 0
-    batch_size: int = 96
-    """Demonstrations in one step of stage=sft, here and in a stage of its own."""
-    lr: float = 3e-3
-    warmup_steps: int = 30
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-
-
-@dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """When to measure accuracy on held-out prompts."""
 
@@ -223,7 +212,7 @@ class RunConfig:
     mode: str = "train"
     """train | rollout_only | train_only | eval"""
     stage: str = "rl"
-    """rl | sft"""
+    """rl | sft | preference"""
     seed: int = 0
     num_steps: int = 200
     replay_dir: str = ""
@@ -244,6 +233,7 @@ class RunConfig:
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,19 +1,25 @@
-"""Batches for stage=sft: the task's own demonstrations, as the trainers take them from a buffer."""
+"""Batches of the stages without engines, as the trainers take them from a buffer."""
 
+from collections.abc import Callable
 from typing import Any
 
-from rollout.config import DataConfig
+from framework.config import RunConfig
 from rollout.data import demonstrations
+from rollout.preferences import open_preferences
+from rollout.tokens import Chat
 from rollout.types import EvalResult, Sample, SampleInfo, StepBatch
+
+HELD_OUT = -1
+"""In place of a step: the samples that are never trained on."""
 
 
 class DemonstrationSource:
-    """A BatchSource without engines: step s holds demonstrations s * B to (s + 1) * B - 1."""
+    """A BatchSource without engines: a batch is a function of its step."""
 
-    def __init__(self, data: DataConfig, tokenizer: Any, seed: int, batch_size: int) -> None:
-        self._data, self._tokenizer, self._seed = data, tokenizer, seed
-        self._batch_size = batch_size
-        self._step, self._samples = -1, []
+    def __init__(self, make: Callable[[int], list[Sample]]) -> None:
+        """make: the samples of a step, or of HELD_OUT."""
+        self._make = make
+        self._step, self._samples = None, []
 
     def take(self, step: int) -> StepBatch:
         """Metadata of the step's batch."""
@@ -41,7 +47,7 @@ class DemonstrationSource:
 
     def evaluate(self, version: int) -> EvalResult:
         """Not offered: measuring needs an engine."""
-        raise ValueError("stage=sft has no engine to evaluate with; evaluate its hf/ by mode=eval")
+        raise ValueError("this stage has no engine to evaluate with; evaluate its hf/ by mode=eval")
 
     def snapshot(self, version: int) -> bytes:
         """A batch is a function of its step."""
@@ -55,9 +61,28 @@ class DemonstrationSource:
 
     def _load(self, step: int) -> list[Sample]:
         if step != self._step:
-            start = step * self._batch_size
-            self._samples = demonstrations(
-                self._data, self._tokenizer, self._seed, start, self._batch_size
-            )
-            self._step = step
+            self._samples, self._step = self._make(step), step
         return self._samples
+
+
+def demonstration_source(config: RunConfig, tokenizer: Any) -> DemonstrationSource:
+    """stage=sft: step s holds demonstrations s * B to (s + 1) * B - 1 of the task."""
+    count = config.warm_start.batch_size
+
+    def make(step: int) -> list[Sample]:
+        return demonstrations(config.data, tokenizer, config.seed, step * count, count)
+
+    return DemonstrationSource(make)
+
+
+def preference_source(config: RunConfig, tokenizer: Any, *, paired: bool) -> DemonstrationSource:
+    """stage=preference: pairs, or labelled answers, of a file or of the task."""
+    preferences = open_preferences(config.data, Chat(tokenizer), config.seed, paired=paired)
+    count = config.preference.batch_size
+
+    def make(step: int) -> list[Sample]:
+        if step == HELD_OUT:
+            return preferences.held_out()
+        return preferences.batch(step * count, count)
+
+    return DemonstrationSource(make)

@@ -10,7 +10,7 @@ from framework.source_facts import table_keys
 
 CHOICES = {
     "mode": ("train", "rollout_only", "train_only", "eval"),
-    "stage": ("rl", "sft"),
+    "stage": ("rl", "sft", "preference"),
     "model.dtype": ("float32", "bfloat16"),
     "model.fp8": ("none", "hybrid", "e4m3"),
     "model.fp8_recipe": ("tensorwise", "delayed", "blockwise", "mxfp8"),
@@ -69,6 +69,7 @@ POSITIVE = (
     "gate.logprob_abs_diff_max_bf16",
     "warm_start.batch_size",
     "warm_start.lr",
+    "preference.batch_size",
     "checkpoint.timeout_s",
     "cluster.num_nodes",
     "cluster.gpus_per_node",

@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 
 class MissingPackage(ValueError):
@@ -73,6 +74,28 @@ def table_keys(package: str, module: str, table: str) -> tuple[str, ...]:
 
     Raises ValueError when the file has no such literal dict: the table was moved or computed.
     """
+    keys = [
+        key.value for key in _table(package, module, table).keys if isinstance(key, ast.Constant)
+    ]
+    return tuple(str(key) for key in keys)
+
+
+@functools.cache
+def row_flags(package: str, module: str, table: str) -> dict[str, dict[str, Any]]:
+    """Of such a table whose rows are calls: row -> its literal keyword arguments."""
+    node = _table(package, module, table)
+    return {
+        str(key.value): {
+            str(each.arg): each.value.value
+            for each in row.keywords
+            if isinstance(each.value, ast.Constant)
+        }
+        for key, row in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(row, ast.Call)
+    }
+
+
+def _table(package: str, module: str, table: str) -> ast.Dict:
     path = _package_dir(package) / module
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         targets: list[ast.expr] = []
@@ -82,8 +105,7 @@ def table_keys(package: str, module: str, table: str) -> tuple[str, ...]:
             targets = [node.target]
         named = any(isinstance(target, ast.Name) and target.id == table for target in targets)
         if named and isinstance(node, ast.Assign | ast.AnnAssign):
-            if not isinstance(node.value, ast.Dict):
-                break
-            keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
-            return tuple(str(key) for key in keys)
+            if isinstance(node.value, ast.Dict):
+                return node.value
+            break
     raise ValueError(f"{path} has no literal table {table}")

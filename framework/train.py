@@ -20,6 +20,7 @@ from framework.checkpoints import (
 )
 from framework.compose import load_run_config
 from framework.config import RunConfig
+from framework.preference_checks import is_paired, needs_reference
 from rollout.process import follow_launcher
 from rollout.run_dir import RunDir
 
@@ -47,7 +48,6 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     from framework.megatron.model import DTYPES
     from framework.megatron.parallel import start_mesh, stop_mesh
     from framework.metrics import MetricsLogger
-    from framework.trainer import Trainer
     from megatron_bridge.export_plan import ExportPlan
     from megatron_bridge.load import detect_spec
     from megatron_bridge.save import save_hf
@@ -73,7 +73,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
             source.restore(found.rollout_state())
     dist.barrier()  # no rank asks for batches before they are the right ones
     sync = weight_sync(config, run_dir, mesh.rank, policy, plan) if live else None
-    trainer = Trainer(
+    trainer = trainer_class(config)(
         config=config,
         mesh=mesh,
         policy=policy,
@@ -118,7 +118,7 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
         def load(path: str) -> None:
             load_hf(chunks, path, mesh.layout, mesh.coords, model.vocab_pad_multiple, hf_config)
 
-        if config.stage == "rl" and algorithm.kl_coef:
+        if needs_reference(config):
             load(algorithm.reference or first)
             references.append(Reference(chunks, on_host=algorithm.reference_on == "host"))
         if found is not None:
@@ -138,6 +138,14 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
     if found is not None:
         load_checkpoint(found, policy, mesh)
     return policy, references[0] if references else None
+
+
+def trainer_class(config: RunConfig) -> Any:
+    """What runs the loop of this stage."""
+    from framework.preference_trainer import PreferenceTrainer
+    from framework.trainer import Trainer
+
+    return PreferenceTrainer if config.stage == "preference" else Trainer
 
 
 def resume_point(config: RunConfig, run_dir: RunDir, rank: int) -> Checkpoint | None:
@@ -182,15 +190,15 @@ def batch_source(config: RunConfig, run_dir: RunDir):
     """Where this run's batches come from."""
     from rollout.source import BufferClient, JournalSource
 
-    if config.stage == "sft":
+    if config.stage in ("sft", "preference"):
         from transformers import AutoTokenizer
 
-        from framework.demonstrations import DemonstrationSource
+        from framework.demonstrations import demonstration_source, preference_source
 
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_path)
-        return DemonstrationSource(
-            config.data, tokenizer, config.seed, config.warm_start.batch_size
-        )
+        if config.stage == "sft":
+            return demonstration_source(config, tokenizer)
+        return preference_source(config, tokenizer, paired=is_paired(config))
     if config.mode == "train_only":
         return JournalSource(Path(config.replay_dir))
     timeout_s = config.rollout.batch_timeout_s

@@ -54,7 +54,10 @@ class Trainer:
         sft = self.config.stage == "sft"
         self.num_updates = 1 if sft else self.config.algorithm.updates_per_step
         self.objective = build_objective(self.config)
-        temperature = 1.0 if sft else self.config.rollout.sampling.temperature
+        self.prepare(1.0 if sft else self.config.rollout.sampling.temperature)
+
+    def prepare(self, temperature: float) -> None:
+        """What every kind of step needs."""
         self.runner = StepRunner(
             self.policy, self.mesh, temperature, self.config.memory.logits_chunk_tokens
         )

@@ -97,6 +97,11 @@ class DataConfig:
     """A row of rollout.environments.ENVIRONMENTS, or a class of yours: package.module.Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of that environment's constructor."""
+    path: str = ""
+    """stage=preference: a JSONL file of pairs (or labelled answers); empty: made from the task."""
+    eval_path: str = ""
+    """A file like it to evaluate on; empty: an eighth of data.path, chosen by a hash of the prompt,
+    is never trained on."""
     reward: str = "environment"
     """A row of rollout.rewards.REWARDS (`environment`: what the environment itself says), or a
     function of yours: package.module.function."""

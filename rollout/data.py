@@ -1,6 +1,6 @@
 """Where prompts come from: streams whose k-th prompt is a pure function of (seed, split, k).
 
-Training, supervised and evaluation prompts are disjoint by content, not by luck: an eighth of all
+Prompts for training and for evaluation are disjoint by content, not by luck: an eighth of all
 prompts, chosen by a hash of their identity, is set aside for evaluation.
 """
 
@@ -15,11 +15,11 @@ from rollout.seeds import derive_seed
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
 
-Split = Literal["train", "sft", "eval"]
+Split = Literal["train", "sft", "preference", "eval"]
 
-_EVAL_SHARE = 8
+EVAL_SHARE = 8
 """One in this many prompts belongs to evaluation."""
-_MAX_DRAWS = 50 * _EVAL_SHARE
+_MAX_DRAWS = 50 * EVAL_SHARE
 
 
 class PromptStream:
@@ -73,7 +73,7 @@ class PromptStream:
             if not environment.hold_out:
                 return seed
             digest = hashlib.blake2b(environment.identity().encode(), digest_size=8).digest()
-            for_eval = int.from_bytes(digest, "little") % _EVAL_SHARE == 0
+            for_eval = int.from_bytes(digest, "little") % EVAL_SHARE == 0
             if for_eval == (self._split == "eval"):
                 return seed
         raise ValueError(
@@ -101,9 +101,16 @@ def demonstrations(
 
 async def _demonstration(chat: Chat, stream: PromptStream, index: int) -> Sample:
     (environment,) = stream.environments(index, 1)
+    return await play(chat, environment, environment.demonstration(), group_id=index, index=0)
+
+
+async def play(
+    chat: Chat, environment: Environment, replies: list[str], *, group_id: int, index: int
+) -> Sample:
+    """The episode in which the policy gives these replies, one a turn; log-probs and versions 0."""
     transcript = Transcript(chat.prompt(await environment.initial_messages()))
     reward = 0.0
-    for reply in environment.demonstration():
+    for reply in replies:
         tokens = [*chat.tokens(reply), chat.end_id]
         transcript.add_reply(tokens, logprobs=[0.0] * len(tokens), versions=[0] * len(tokens))
         step = await environment.step(reply)
@@ -112,5 +119,5 @@ async def _demonstration(chat: Chat, stream: PromptStream, index: int) -> Sample
             break
         transcript.add_observation(chat.continuation(step.messages, ended=True))
     return transcript.sample(
-        group_id=index, index=0, reward=reward, metadata=environment.describe()
+        group_id=group_id, index=index, reward=reward, metadata=environment.describe()
     )

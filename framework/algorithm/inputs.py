@@ -50,11 +50,21 @@ class Sequences:
         sums, counts = self._sums(torch.stack([values * self.mask, self.mask]))
         return (sums / counts.clamp(min=1))[self.ids].to(values.dtype)
 
+    def totals(self, values: torch.Tensor) -> torch.Tensor:
+        """[count] float64: each sequence's sum over the policy's tokens, whole on every rank; the
+        gradient goes to this rank's own tokens.
+        """
+        mine = self._parts((values * self.mask).double())
+        others = self.add_up(mine.detach().clone()) - mine.detach()
+        return mine + others
+
     def _sums(self, values: torch.Tensor) -> torch.Tensor:
         # In double precision, so that the sum hardly depends on how the sequence is cut.
-        values = values.detach().double()
+        return self.add_up(self._parts(values.detach().double()))
+
+    def _parts(self, values: torch.Tensor) -> torch.Tensor:
         empty = values.new_zeros((*values.shape[:-1], self.count))
-        return self.add_up(empty.index_add(-1, self.ids, values))
+        return empty.index_add(-1, self.ids, values)
 
 
 @dataclass(frozen=True, kw_only=True)

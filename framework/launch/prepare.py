@@ -36,8 +36,12 @@ def resolve_stages(config: RunConfig) -> Stages:
     algorithm = dataclasses.replace(
         config.algorithm, reference=_absolute(config.algorithm.reference)
     )
+    data = dataclasses.replace(
+        config.data, path=_absolute(config.data.path), eval_path=_absolute(config.data.eval_path)
+    )
+    replay_dir = _absolute(config.replay_dir)
     main = dataclasses.replace(
-        main, model=model, algorithm=algorithm, replay_dir=_absolute(config.replay_dir)
+        main, model=model, algorithm=algorithm, data=data, replay_dir=replay_dir
     )
     if not config.warm_start.num_steps:
         return Stages(main=main, warm_start=None)

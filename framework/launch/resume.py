@@ -23,6 +23,7 @@ MAY_DIFFER = (
     *("rollout.engine.max_retries", "data.timeout_s"),
 )
 """Sections and keys that say where and how long a run computes, not what."""
+_PATHS = ("replay_dir", "algorithm.reference", "data.path", "data.eval_path")
 _IMPLIED = ("model.hf_path", "model.init_from")
 """Filled in by the run itself where the user leaves them empty."""
 
@@ -102,7 +103,7 @@ def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
     for key, value in now.items():
         if any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER):
             continue
-        if key == "replay_dir" and value:
+        if key in _PATHS and value:
             value = str(Path(value).expanduser().absolute())
         if key in _IMPLIED:
             value = str(Path(value).expanduser().absolute()) if value else ""

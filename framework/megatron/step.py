@@ -17,6 +17,8 @@ from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
+Evaluate = Callable[[Microbatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
+"""(micro-batch, the model's output) -> loss, no_tokens(), figures."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class StepRunner:
     def _run(
         self,
         microbatches: list[Microbatch],
-        loss_function: Callable[[Microbatch, torch.Tensor], Any],
+        loss_function: Evaluate,
         forward_only: bool,
     ) -> list[dict[str, Any]]:
         """megatron-core's schedule over the micro-batches.
@@ -74,11 +76,20 @@ class StepRunner:
             forward_only=forward_only,
         )
 
+    def sequences(self, batch: Microbatch) -> Sequences:
+        """Which of this rank's positions belong to one sequence."""
+        return Sequences(
+            ids=batch.sequence_ids,
+            count=batch.num_sequences,
+            mask=batch.loss_mask,
+            add_up=self.mesh.sum_over_cp,
+        )
+
     def logprobs(self, microbatches: list[Microbatch], *, of_reference: bool = False) -> None:
         """Fill `old_logprobs` (or `ref_logprobs`) by a forward pass (last stage only)."""
 
         def keep(batch: Microbatch, output: torch.Tensor) -> Any:
-            return output.sum() * 0, _no_tokens(), {"logprobs": output[0].detach()}
+            return output.sum() * 0, no_tokens(), {"logprobs": output[0].detach()}
 
         with torch.no_grad():
             outputs = self._run(microbatches, keep, forward_only=True)
@@ -119,18 +130,27 @@ class StepRunner:
                     advantages=batch.advantages,
                     loss_mask=batch.loss_mask,
                     entropy=entropy,
-                    sequences=Sequences(
-                        ids=batch.sequence_ids,
-                        count=batch.num_sequences,
-                        mask=batch.loss_mask,
-                        add_up=self.mesh.sum_over_cp,
-                    ),
+                    sequences=self.sequences(batch),
                 )
             )
             total = (result.loss * batch.weights).sum()
             figures = _figures(batch, total, logprobs, entropy, result.metrics)
-            return total, _no_tokens(), figures
+            return total, no_tokens(), figures
 
+        reports, grad_norm = self.optimize(microbatches, evaluate, lr)
+        return {**reduce_figures(reports, self.mesh), "train/grad_norm": grad_norm}
+
+    def optimize(
+        self, microbatches: list[Microbatch], evaluate: Evaluate, lr: float
+    ) -> tuple[list[dict[str, Any]], float]:
+        """One optimizer step down the sum of what `evaluate` returns for each micro-batch.
+
+        Returns:
+            Its reports in order (empty except on the last stage), and the gradient's norm.
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite.
+        """
         for model in self.policy.wrapped:
             model.zero_grad_buffer()
         self.policy.optimizer.zero_grad()
@@ -140,10 +160,16 @@ class StepRunner:
         grad_norm = float(outcome[1])
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"train/grad_norm is {grad_norm}; the update is not usable")
-        return {**reduce_figures(reports, self.mesh), "train/grad_norm": grad_norm}
+        return reports, grad_norm
+
+    def measure(self, microbatches: list[Microbatch], evaluate: Evaluate) -> list[dict[str, Any]]:
+        """The reports of `evaluate` without a gradient; empty except on the last stage."""
+        with torch.no_grad():
+            return self._run(microbatches, evaluate, forward_only=True)
 
 
-def _no_tokens() -> torch.Tensor:
+def no_tokens() -> torch.Tensor:
+    """The count of tokens that megatron's schedule wants of a loss function."""
     # megatron divides by this count when asked to; we have divided already (see model.py).
     return torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
 
@@ -176,20 +202,11 @@ def largest(values: torch.Tensor) -> torch.Tensor:
 
 def reduce_figures(reports: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, float]:
     """Sum (or maximise) over micro-batches and ranks; the same result on every rank."""
-    names: list[str] = sorted(reports[0]) if mesh.reports else []
-    # Ranks that report nothing must still know the names: the last stage's first rank tells them.
-    box: list[Any] = [names]
-    source = mesh.layout.rank(pp=mesh.layout.pp - 1)
-    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
-    names = box[0]
-    sums, largest = torch.zeros(len(names), dtype=torch.float64), torch.zeros(1)
+    largest = torch.zeros(1)
     if mesh.reports:
-        table = torch.stack([torch.stack([each[name] for name in names]) for each in reports])
-        sums = table.double().sum(0).cpu()
-        largest = table[:, names.index("rollout_diff_max")].max()[None].cpu()
-    dist.all_reduce(sums)
+        largest = torch.stack([each["rollout_diff_max"] for each in reports]).max()[None].cpu()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    totals = dict(zip(names, sums.tolist(), strict=True))
+    totals = sum_figures(reports, mesh)
     tokens = max(1.0, totals["tokens"])
     figures = {
         "train/loss": totals["loss"],
@@ -202,3 +219,19 @@ def reduce_figures(reports: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[s
         if name.startswith("loss/"):
             figures[f"train/{name.removeprefix('loss/')}"] = value / tokens
     return figures
+
+
+def sum_figures(reports: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, float]:
+    """Every figure summed over micro-batches and reporting ranks; the same on every rank."""
+    names: list[str] = sorted(reports[0]) if mesh.reports else []
+    # Ranks that report nothing must still know the names: the last stage's first rank tells them.
+    box: list[Any] = [names]
+    source = mesh.layout.rank(pp=mesh.layout.pp - 1)
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    names = box[0]
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    if mesh.reports:
+        table = torch.stack([torch.stack([each[name] for name in names]) for each in reports])
+        sums = table.double().sum(0).cpu()
+    dist.all_reduce(sums)
+    return dict(zip(names, sums.tolist(), strict=True))

@@ -8,6 +8,7 @@ from framework.config import RunConfig
 from framework.gpus import GPUS, Gpu
 from framework.plan.activations import Activations
 from framework.plan.stages import Stage
+from framework.preference_checks import needs_reference
 from megatron_bridge.layout import padded_vocab_size
 from megatron_bridge.models import describe
 
@@ -76,7 +77,7 @@ def _states(estimate: Estimate, config: RunConfig, stage: Stage) -> None:
         stage.expert * per / expert_ranks,
         f"{stage.expert:,} x {per} B / {expert_ranks} ranks",
     )
-    if config.algorithm.kl_coef and config.stage == "rl":
+    if needs_reference(config):
         held = config.algorithm.reference_on
         where = "during its pass" if held == "host" else "always"
         estimate.add("reference policy", size * width, f"{where} (algorithm.reference_on={held})")

@@ -44,6 +44,8 @@ def step_samples(config: RunConfig) -> int:
     """Samples of one training step."""
     if config.stage == "sft":
         return config.warm_start.batch_size
+    if config.stage == "preference":
+        return 2 * config.preference.batch_size
     return config.rollout.prompts_per_step * config.rollout.samples_per_prompt
 
 

@@ -4,9 +4,13 @@ An environment object is one episode of one prompt. It is made from the prompt's
 samples of a group are objects made alike: same initial state.
 """
 
+import string
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, ClassVar, TypedDict
+
+_KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 
 class Message(TypedDict):
@@ -61,3 +65,20 @@ class Environment(ABC):
 
         Right ones, unless an argument of the task asks for some that are not."""
         raise ValueError(f"{type(self).__name__} has no demonstrations: stage=sft cannot use it")
+
+    def mistake(self, random: Random) -> list[str]:
+        """Replies that are nearly right, one a turn, for pairs of preferences; ValueError where
+        there are none. Unless a task knows better: one letter or digit of the last reply of the
+        demonstration becomes another.
+        """
+        *first, last = self.demonstration()
+        places = [i for i, letter in enumerate(last) if any(letter in kind for kind in _KINDS)]
+        if not places:
+            raise ValueError(
+                f"{type(self).__name__}: no letter or digit to change in its answer {last!r}; "
+                "write a mistake() of its own"
+            )
+        place = random.choice(places)
+        kind = next(kind for kind in _KINDS if last[place] in kind)
+        other = random.choice([letter for letter in kind if letter != last[place]])
+        return [*first, f"{last[:place]}{other}{last[place + 1 :]}"]

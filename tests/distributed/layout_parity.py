@@ -19,12 +19,13 @@ import numpy as np
 import torch
 import torch._dynamo  # every optimizer imports it, for seconds: once here and not in each rank
 import torch.distributed as dist
-from layouts import MODELS, OBJECTIVES, Case
+from layouts import MODELS, OBJECTIVES, PREFERENCES, Case
 from safetensors.torch import load_file, save_file
 
 from framework.config import (
     AlgorithmConfig,
     BatchConfig,
+    EvalConfig,
     GateConfig,
     MemoryConfig,
     ModelConfig,
@@ -33,8 +34,7 @@ from framework.config import (
     RunConfig,
 )
 from framework.megatron.parallel import start_mesh, stop_mesh
-from framework.train import build_models
-from framework.trainer import Trainer
+from framework.train import build_models, trainer_class
 from megatron_bridge.export import export_buckets
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.load import detect_spec
@@ -95,6 +95,9 @@ def compare(root: Path, case: Case) -> dict[str, Any]:
     for key in ("loss", "entropy", "grad_norm"):
         pairs = zip(found["steps"], wanted["steps"], strict=True)
         name = f"train/{key}"
+        if name not in found["steps"][0]:  # stage=preference has no entropy
+            row[f"{key}_rel"] = 0.0
+            continue
         row[f"{key}_rel"] = max(abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs)
     return row
 
@@ -202,6 +205,18 @@ def _rank(root: Path, rank: int, world: int, cases: list[Case]) -> None:
             raise
 
 
+def objective(case: Case) -> dict[str, Any]:
+    """What of a RunConfig says by what the case is trained."""
+    if case.objective in PREFERENCES:
+        return {
+            "stage": "preference",
+            "algorithm": AlgorithmConfig(**PREFERENCES[case.objective]),
+            "eval": EvalConfig(at_start=False, at_end=False),
+        }
+    fields = OBJECTIVES[case.objective]
+    return {"algorithm": AlgorithmConfig(updates_per_step=UPDATES_PER_STEP, **fields)}
+
+
 class Recorder:
     """In place of the metrics logger."""
 
@@ -222,7 +237,7 @@ def train(root: Path, rank: int, case: Case) -> None:
         model=ModelConfig(hf_path=str(hf_dir)),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
         memory=MemoryConfig(**case.memory),
-        algorithm=AlgorithmConfig(updates_per_step=UPDATES_PER_STEP, **OBJECTIVES[case.objective]),
+        **objective(case),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
         batch=BatchConfig(max_tokens_per_microbatch=96),
         gate=GateConfig(enabled=False),
@@ -235,7 +250,7 @@ def train(root: Path, rank: int, case: Case) -> None:
             setattr(parameter, "sequence_parallel", False)  # noqa: B010
     recorder: Any = Recorder() if rank == 0 else None
     source = JournalSource(root / "rollouts")
-    Trainer(
+    trainer_class(config)(
         config=config,
         mesh=mesh,
         policy=policy,

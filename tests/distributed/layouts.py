@@ -88,6 +88,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "tis": {"correction": "token", "advantage": "leave_one_out", "loss_args": {"dual_clip": 3.0}},
 }
 """Fields of `algorithm`."""
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "dpo": {"loss": "dpo"},
+    "rpo": {"loss": "rpo"},
+    "ipo": {"loss": "ipo"},
+    "cdpo": {"loss": "cdpo"},
+    "simpo": {"loss": "simpo"},
+    "orpo": {"loss": "orpo"},
+    "kto": {"loss": "kto"},
+}
+"""The same of stage=preference."""
 
 SHORT = {
     "sequence_parallel": "sp",
@@ -116,7 +126,7 @@ class Case:
     planted: bool = False
     """With the mistake that `PLANTED` describes."""
     objective: str = "grpo"
-    """A row of OBJECTIVES."""
+    """A row of OBJECTIVES or of PREFERENCES."""
 
     @property
     def name(self) -> str:
@@ -145,6 +155,7 @@ FULL = {"recompute": "full", "recompute_method": "block", "recompute_layers": 1}
 PARTS = {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}
 MOE_PARTS = {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}
 
+PREFERENCES_IN_CI = {("dpo", "dp"), ("kto", "cp")}
 SP, OPT, OVERLAP = "sequence_parallel", "distributed_optimizer", "overlap"
 
 CASES = [
@@ -200,6 +211,19 @@ CASES = [
         if objective != "grpo"
         for flags, sizes in (((SP,), {"tp": 2, "cp": 2}), ((OPT,), {"pp": 2, "dp": 2}))
     ),
+    *(
+        _case(
+            "qwen3", *flags, objective=objective, ci=(objective, ci) in PREFERENCES_IN_CI, **sizes
+        )
+        for objective in PREFERENCES
+        for ci, flags, sizes in (
+            ("dp", (OPT, OVERLAP), {"dp": 2}),
+            ("tp", (SP,), {"tp": 2}),
+            ("pp", (), {"pp": 2}),
+            ("cp", (), {"cp": 2}),
+        )
+    ),
+    _case("moe", SP, OPT, tp=2, cp=2, dp=2, ep=4, etp=1, objective="rpo"),
     Case("llama", {}, ci=True, memory={"recompute": "full"}),
     Case("moe", {"dp": 2, "ep": 2}, ci=True, memory=MOE_PARTS),
     Case("qwen3_tied", {"tp": 2, SP: True}, ci=True, memory={"logits_chunk_tokens": 20}),

@@ -1,0 +1,68 @@
+"""Checks of stage=preference: its loss, its batches, its data."""
+
+from collections.abc import Iterator
+
+from framework.config import RunConfig
+from framework.source_facts import row_flags, table_keys
+from rollout.preferences import open_files
+
+TABLE = ("framework", "algorithm/preference/__init__.py", "PREFERENCE_LOSSES")
+OTHERS_TERMS = (
+    # fields that mean nothing to a preference loss, each with the value that says so
+    ("kl_coef", 0.0, "its losses hold the reference themselves"),
+    ("entropy_coef", 0.0, "its losses have no entropy term"),
+    ("correction", "none", "no engine samples here"),
+    ("updates_per_step", 1, "a batch makes one update; lower preference.batch_size instead"),
+)
+
+
+def preference_losses() -> tuple[str, ...]:
+    """Rows of PREFERENCE_LOSSES."""
+    return table_keys(*TABLE)
+
+
+def needs_reference(config: RunConfig) -> bool:
+    """Whether a run holds a reference policy; of stage=preference that is its loss's to say."""
+    if config.stage != "preference":
+        return config.stage == "rl" and config.algorithm.kl_coef > 0
+    return bool(row_flags(*TABLE).get(config.algorithm.loss, {}).get("reference", True))
+
+
+def is_paired(config: RunConfig) -> bool:
+    """Whether it compares two answers."""
+    return bool(row_flags(*TABLE).get(config.algorithm.loss, {}).get("paired", True))
+
+
+def preference_errors(config: RunConfig) -> Iterator[str]:
+    """One line for everything that stage=preference cannot do."""
+    if config.stage != "preference":
+        for name in ("path", "eval_path"):
+            if value := getattr(config.data, name):
+                yield f"data.{name}={value}: only stage=preference reads it; stage={config.stage}"
+        return
+    algorithm, size = config.algorithm, config.preference.batch_size
+    for name, neutral, why in OTHERS_TERMS:
+        if (value := getattr(algorithm, name)) != neutral:
+            yield f"algorithm.{name}={value}: stage=preference: {why}; must be {neutral}"
+    if size < config.parallel.dp:
+        yield f"preference.batch_size={size}: fewer than parallel.dp={config.parallel.dp}"
+    if not is_paired(config) and size < 2:
+        yield (
+            f"preference.batch_size={size}: algorithm.loss={algorithm.loss} estimates a KL from "
+            "the other answers of the batch; at least 2"
+        )
+    if config.data.path and config.warm_start.num_steps:
+        yield (
+            f"warm_start.num_steps={config.warm_start.num_steps}: data.path has no demonstrations; "
+            "run stage=sft first and name its hf/ by model.init_from"
+        )
+    if config.data.eval_path and not config.data.path:
+        yield f"data.eval_path={config.data.eval_path}: needs data.path"
+
+
+def preference_data_errors(config: RunConfig) -> Iterator[str]:
+    """Read the files of preferences whole."""
+    try:
+        open_files(config.data, paired=is_paired(config))
+    except ValueError as error:
+        yield str(error)

@@ -1,0 +1,238 @@
+"""Preferences as samples: from a JSONL file, or made from a task's right answers and near misses.
+
+Two samples a unit, log-probs and versions 0. Pairs: index 0 is the chosen answer, with reward 1,
+index 1 the rejected one, with reward 0. Labelled answers: index 0 is the answer, with reward 1
+(good) or 0 (bad); index 1 its prompt with the answer of the batch's next unit, whose only use is to
+estimate how far the policy is from the reference.
+"""
+
+import asyncio
+import functools
+import hashlib
+import random
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from rollout.config import DataConfig
+from rollout.data import EVAL_SHARE, PromptStream, play
+from rollout.environments.base import Message
+from rollout.preference_file import PreferenceFile, Record
+from rollout.seeds import derive_seed
+from rollout.tokens import Chat, Transcript
+from rollout.types import Sample
+
+_MAX_DRAWS = 32
+"""Of a near miss, until one is wrong."""
+
+
+class Preferences(Protocol):
+    """Units in an order that is a pure function of the seed."""
+
+    def batch(self, start: int, count: int) -> list[Sample]:
+        """Units start .. start + count - 1: 2 * count samples."""
+        ...
+
+    def held_out(self) -> list[Sample]:
+        """At most data.eval_num_prompts units that `batch` never gives."""
+        ...
+
+
+def open_preferences(data: DataConfig, chat: Chat, seed: int, *, paired: bool) -> Preferences:
+    """data.path, or the task.
+
+    Raises:
+        ValueError: names the key, and the file's line.
+    """
+    kind: Any = FilePreferences if data.path else TaskPreferences
+    return kind(data, chat, seed, paired=paired)
+
+
+class TaskPreferences:
+    """The demonstration of each prompt against a near miss that the environment calls worse."""
+
+    def __init__(self, data: DataConfig, chat: Chat, seed: int, *, paired: bool) -> None:
+        self._chat, self._seed, self._paired = chat, seed, paired
+        self._count = data.eval_num_prompts
+        self._train = PromptStream(data, seed, "preference")
+        self._eval = PromptStream(data, seed, "eval")
+
+    def batch(self, start: int, count: int) -> list[Sample]:
+        """See Preferences. Not to be called from a running event loop."""
+        return self._units(self._train, start, count)
+
+    def held_out(self) -> list[Sample]:
+        """See Preferences."""
+        return self._units(self._eval, 0, self._count)
+
+    def _units(self, stream: PromptStream, start: int, count: int) -> list[Sample]:
+        async def render() -> list[Sample]:
+            return [
+                each
+                for k in range(start, start + count)
+                for each in await _task_pair(self._chat, stream, self._seed, k)
+            ]
+
+        pairs = asyncio.run(render())
+        if self._paired:
+            return pairs
+        bad = [derive_seed(self._seed, "label", k, bits=1) for k in range(start, start + count)]
+        return with_unrelated([pairs[2 * i + bad[i]] for i in range(count)])
+
+
+async def _task_pair(chat: Chat, stream: PromptStream, seed: int, index: int) -> list[Sample]:
+    (environment,) = stream.environments(index, 1)
+    right = await play(chat, environment, environment.demonstration(), group_id=index, index=0)
+    draws = random.Random(derive_seed(seed, "mistake", index))
+    for _ in range(_MAX_DRAWS):
+        (environment,) = stream.environments(index, 1)
+        wrong = await play(chat, environment, environment.mistake(draws), group_id=index, index=1)
+        if wrong.reward < right.reward:
+            return [replace(right, reward=1.0), replace(wrong, reward=0.0)]
+    raise ValueError(
+        f"{type(environment).__name__}: {_MAX_DRAWS} draws of mistake() were all rewarded like its "
+        f"demonstration ({right.reward:g}); preferences need a wrong answer"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Which lines are trained on and which are not."""
+
+    train: PreferenceFile
+    train_lines: list[int]
+    held_out: PreferenceFile
+    held_out_lines: list[int]
+
+
+def open_files(data: DataConfig, *, paired: bool) -> Files:
+    """data.path and data.eval_path, every line checked.
+
+    Raises:
+        ValueError: malformed lines; nothing is left to train or to evaluate on.
+    """
+    train = _open("data.path", data.path, paired)
+    lines = range(len(train))
+    if data.eval_path:
+        other = _open("data.eval_path", data.eval_path, paired)
+        every = list(range(len(other)))
+        return Files(train=train, train_lines=list(lines), held_out=other, held_out_lines=every)
+    aside = [_is_held_out(identity) for identity in train.identities]
+    files = Files(
+        train=train,
+        train_lines=[i for i in lines if not aside[i]],
+        held_out=train,
+        held_out_lines=[i for i in lines if aside[i]],
+    )
+    if not files.train_lines or not files.held_out_lines:
+        raise ValueError(
+            f"data.path={data.path}: its {len(train)} lines have too few prompts to hold an eighth "
+            "of them out for evaluation; set data.eval_path"
+        )
+    return files
+
+
+class FilePreferences:
+    """Records of a file, each epoch in an order of its own."""
+
+    def __init__(self, data: DataConfig, chat: Chat, seed: int, *, paired: bool) -> None:
+        """Raises ValueError as open_files does."""
+        self._chat, self._seed, self._paired = chat, seed, paired
+        self._count = data.eval_num_prompts
+        self._files = open_files(data, paired=paired)
+
+    def batch(self, start: int, count: int) -> list[Sample]:
+        """See Preferences."""
+        size = len(self._files.train_lines)
+        order = [self._epoch(k // size)[k % size] for k in range(start, start + count)]
+        return self._units([self._files.train.record(i) for i in order], start)
+
+    def held_out(self) -> list[Sample]:
+        """See Preferences."""
+        chosen = self._files.held_out_lines[: self._count]
+        return self._units([self._files.held_out.record(i) for i in chosen], 0)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # lives as long as the run
+    def _epoch(self, epoch: int) -> list[int]:
+        order = list(self._files.train_lines)
+        random.Random(derive_seed(self._seed, "epoch", epoch)).shuffle(order)
+        return order
+
+    def _units(self, records: list[Record], start: int) -> list[Sample]:
+        answers = [
+            [
+                answer_sample(
+                    self._chat,
+                    record.prompt,
+                    answer,
+                    group_id=start + k,
+                    index=index,
+                    reward=float(record.label and index == 0),
+                    where=record.where,
+                )
+                for index, answer in enumerate((record.chosen, record.rejected)[: 1 + self._paired])
+            ]
+            for k, record in enumerate(records)
+        ]
+        flat = [sample for pair in answers for sample in pair]
+        return flat if self._paired else with_unrelated(flat)
+
+
+def _open(key: str, path: str, paired: bool) -> PreferenceFile:
+    try:
+        return PreferenceFile(path, paired=paired)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _is_held_out(identity: str) -> bool:
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % EVAL_SHARE == 0
+
+
+def answer_sample(
+    chat: Chat,
+    prompt: list[Message],
+    answer: list[Message],
+    *,
+    group_id: int,
+    index: int,
+    reward: float,
+    where: str,
+) -> Sample:
+    """A conversation as tokens: what the assistant says in `answer` is the policy's."""
+    transcript = Transcript(chat.prompt(prompt))
+    pending: list[Message] = []
+    for message in answer:
+        if message["role"] != "assistant":
+            pending.append(message)
+            continue
+        if transcript.response_length:
+            transcript.add_observation(chat.continuation(pending, ended=True))
+            pending = []
+        tokens = [*chat.tokens(message["content"]), chat.end_id]
+        transcript.add_reply(tokens, logprobs=[0.0] * len(tokens), versions=[0] * len(tokens))
+    return transcript.sample(
+        group_id=group_id, index=index, reward=reward, metadata={"source": where}
+    )
+
+
+def with_unrelated(answers: list[Sample]) -> list[Sample]:
+    """After each answer its prompt with the next answer (after the last: with the first)."""
+    samples = []
+    for i, sample in enumerate(answers):
+        other = answers[(i + 1) % len(answers)]
+        prompt, response = (
+            sample.tokens[: sample.prompt_length],
+            other.tokens[other.prompt_length :],
+        )
+        unrelated = replace(
+            other,
+            group_id=sample.group_id,
+            index=1,
+            tokens=np.concatenate([prompt, response]),
+            prompt_length=sample.prompt_length,
+        )
+        samples += [replace(sample, index=0), unrelated]
+    return samples
