@@ -200,6 +200,10 @@ class EvalConfig:
     """0: only before the first and after the last step."""
     at_start: bool = True
     at_end: bool = True
+    target_accuracy: float = 0.0
+    """What an experiment should end with: a finished run says when it did not. 0: nothing said."""
+    target_gain: float = 0.0
+    """How much accuracy should have risen since the first evaluation. 0: nothing said."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -97,12 +97,19 @@ NOT_NEGATIVE = (
     "warm_start.warmup_steps",
     "warm_start.weight_decay",
     "eval.every_steps",
+    "eval.target_accuracy",
+    "eval.target_gain",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.keep_every_steps",
     "cluster.engine_nodes",
 )
-SHARES = ("rollout.keep_share", "data.overlong_share")
+SHARES = (
+    "rollout.keep_share",
+    "data.overlong_share",
+    "eval.target_accuracy",
+    "eval.target_gain",
+)
 FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2")
 TABLES = {
     "algorithm.kl_estimator": ("framework", "algorithm/kl.py", "KL_ESTIMATORS"),

@@ -38,6 +38,7 @@ def _notes(config: RunConfig, history: RunHistory) -> Iterator[str]:
             "the samples of every group had equal rewards in all steps: there was nothing to learn "
             "from"
         )
+    yield from _missed_targets(config, history.accuracies)
     far = [each for each in history.logprob_diffs if each[1] > DRIFT]
     if config.mode == "train_only" and far:
         yield (
@@ -46,6 +47,18 @@ def _notes(config: RunConfig, history: RunHistory) -> Iterator[str]:
             "the journal's, not its own; mode=eval measures it. A replay with the journal's own "
             "configuration and layout is exact; in any other the difference grows with each step"
         )
+
+
+def _missed_targets(config: RunConfig, accuracies: list[float]) -> Iterator[str]:
+    """What the experiment promised and this run did not reach."""
+    target, gain = config.eval.target_accuracy, config.eval.target_gain
+    if config.mode != "train" or config.stage != "rl" or len(accuracies) < 2:
+        return
+    first, last = accuracies[0], accuracies[-1]
+    if last < target:
+        yield f"accuracy {last:.3f} is below eval.target_accuracy={target:g}"
+    if last - first < gain:
+        yield f"accuracy rose by {last - first:.3f}, less than eval.target_gain={gain:g}"
 
 
 def _outcome(config: RunConfig, history: RunHistory) -> str:

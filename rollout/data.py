@@ -5,21 +5,21 @@ prompts, chosen by a hash of their identity, is set aside for evaluation.
 """
 
 import asyncio
-import hashlib
 import inspect
-from typing import Any, Literal
+import random
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 from rollout.config import DataConfig
 from rollout.environments import Environment, find_environment
-from rollout.seeds import derive_seed
+from rollout.seeds import HELD_OUT_SHARE, derive_seed, held_out
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
 
+T = TypeVar("T")
 Split = Literal["train", "sft", "preference", "eval"]
 
-EVAL_SHARE = 8
-"""One in this many prompts belongs to evaluation."""
-_MAX_DRAWS = 50 * EVAL_SHARE
+_MAX_DRAWS = 50 * HELD_OUT_SHARE
 
 
 class PromptStream:
@@ -33,6 +33,9 @@ class PromptStream:
         self._data = data
         self._seed = seed
         self._split = split
+        self._finite = self._call(self._kind.finite, split)
+        """Seeds of all prompts, where they are finitely many."""
+        self._epoch: tuple[int, list[int]] = (-1, [])
         self.position = 0
         """Index of the next prompt."""
 
@@ -56,8 +59,11 @@ class PromptStream:
         self.position = state["position"]
 
     def _make(self, seed: int) -> Environment:
+        return self._call(self._kind, seed=seed)
+
+    def _call(self, made: Callable[..., T], *given: Any, **named: Any) -> T:
         try:
-            return self._kind(seed=seed, **self._data.args)
+            return made(*given, **named, **self._data.args)
         except TypeError as error:
             args, task = self._data.args, self._data.task
             known = [name for name in inspect.signature(self._kind).parameters if name != "seed"]
@@ -66,20 +72,30 @@ class PromptStream:
             ) from error
 
     def _prompt_seed(self, index: int) -> int:
-        """Seed of the first draw for this index that falls into this split."""
-        for draw in range(_MAX_DRAWS):
+        """Seed of the first draw for this index that falls into this split; of a finite set, the
+        next in this epoch's order."""
+        if self._finite:
+            return self._in_epoch(*divmod(index, len(self._finite)))
+        for draw in range(0 if self._finite == [] else _MAX_DRAWS):
             seed = derive_seed(self._seed, self._split, index, draw, bits=31)
             environment = self._make(seed)
             if not environment.hold_out:
                 return seed
-            digest = hashlib.blake2b(environment.identity().encode(), digest_size=8).digest()
-            for_eval = int.from_bytes(digest, "little") % EVAL_SHARE == 0
-            if for_eval == (self._split == "eval"):
+            if held_out(environment.identity()) == (self._split == "eval"):
                 return seed
         raise ValueError(
             f"data.task={self._data.task} has too few different prompts to set some aside for "
             f"{self._split}: widen data.args, or declare hold_out = False in its class"
         )
+
+    def _in_epoch(self, epoch: int, place: int) -> int:
+        """Every epoch has an order of its own, a function of its number alone."""
+        assert self._finite is not None
+        if self._epoch[0] != epoch:
+            order = list(self._finite)
+            random.Random(derive_seed(self._seed, self._split, "epoch", epoch)).shuffle(order)
+            self._epoch = epoch, order
+        return self._epoch[1][place]
 
 
 def demonstrations(

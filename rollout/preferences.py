@@ -8,7 +8,6 @@ estimate how far the policy is from the reference.
 
 import asyncio
 import functools
-import hashlib
 import random
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from rollout.config import DataConfig
-from rollout.data import EVAL_SHARE, PromptStream, play
+from rollout.data import PromptStream, play
 from rollout.environments.base import Message
 from rollout.preference_file import PreferenceFile, Record
-from rollout.seeds import derive_seed
+from rollout.seeds import derive_seed, held_out
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
 
@@ -118,7 +117,7 @@ def open_files(data: DataConfig, *, paired: bool) -> Files:
         other = _open("data.eval_path", data.eval_path, paired)
         every = list(range(len(other)))
         return Files(train=train, train_lines=list(lines), held_out=other, held_out_lines=every)
-    aside = [_is_held_out(identity) for identity in train.identities]
+    aside = [held_out(identity) for identity in train.identities]
     files = Files(
         train=train,
         train_lines=[i for i in lines if not aside[i]],
@@ -184,11 +183,6 @@ def _open(key: str, path: str, paired: bool) -> PreferenceFile:
         return PreferenceFile(path, paired=paired)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-
-
-def _is_held_out(identity: str) -> bool:
-    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % EVAL_SHARE == 0
 
 
 def answer_sample(

@@ -8,6 +8,7 @@ from rollout.environments.calculator import CalculatorEnvironment
 from rollout.environments.countdown import CountdownEnvironment
 from rollout.environments.frozen_lake import FrozenLakeEnvironment
 from rollout.environments.guess import GuessEnvironment
+from rollout.environments.jsonl import JsonlEnvironment
 from rollout.environments.reasoning_gym import ReasoningGymEnvironment
 from rollout.environments.sort import SortEnvironment
 from rollout.own_code import import_own
@@ -20,6 +21,7 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "frozen_lake": FrozenLakeEnvironment,
     "countdown": CountdownEnvironment,
     "reasoning_gym": ReasoningGymEnvironment,
+    "jsonl": JsonlEnvironment,
 }
 
 

@@ -39,6 +39,12 @@ class Environment(ABC):
     """Keep evaluation prompts out of training, by `identity`. False where prompts are so few, or
     all alike, that no part of them can be set aside."""
 
+    @classmethod
+    def finite(cls, split: str, **args: Any) -> list[int] | None:
+        """The seeds of all prompts of a split (train | sft | preference | eval) where there are
+        only so many, each visited once an epoch; None: any seed makes one. args: data.args."""
+        return None
+
     @abstractmethod
     def __init__(self, *, seed: int, **args: Any) -> None:
         """Subclasses name their own arguments: the keys of data.args. The same seed, the same

@@ -130,6 +130,19 @@ def test_what_makes_the_outcome_mean_less_is_said_before_it(tmp_path: Path) -> N
     assert "up to 3" in note
 
 
+def test_a_target_that_was_missed_is_told(tmp_path: Path) -> None:
+    log_run(tmp_path, 3)
+
+    def notes(*line: str) -> list[str]:
+        config = compose_config([f"run_dir={tmp_path}", "tracker.report=false", *line])
+        return finish_run(config, 1.0).splitlines()[:-1]
+
+    assert notes("eval.target_accuracy=0.75", "eval.target_gain=0.5") == []
+    accuracy, gain = notes("eval.target_accuracy=0.8", "eval.target_gain=0.6")
+    assert "accuracy 0.750 is below eval.target_accuracy=0.8" in accuracy
+    assert "rose by 0.500, less than eval.target_gain=0.6" in gain
+
+
 def test_report_that_cannot_be_written_is_told_and_the_run_stays_finished(tmp_path: Path) -> None:
     log_run(tmp_path, 3)
     line = finish_run(compose_config([f"run_dir={tmp_path}", "num_steps=3"]), 1.0)
