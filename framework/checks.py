@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 from framework.algorithm_checks import algorithm_errors
-from framework.cluster_checks import cluster_errors
+from framework.cluster_checks import cluster_errors, colocation_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
 from framework.launch.devices import visible_gpus
@@ -61,6 +61,7 @@ def check_config(config: RunConfig) -> list[str]:
         errors += _lengths(config, shape)
     errors += _paths(config)
     errors += cluster_errors(config)
+    errors += colocation_errors(config)
     errors += passthrough_errors(config)
     # Last, and only where all else is right: it imports the environment's package.
     return errors or [*_own_weights(config), *_task(config)]

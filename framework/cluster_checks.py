@@ -27,10 +27,44 @@ def cluster_errors(config: RunConfig) -> Iterator[str]:
         yield from _slurm(config, engine_gpus)
 
 
+def colocation_errors(config: RunConfig) -> Iterator[str]:
+    """One line for everything that engines and trainers on the same devices rule out."""
+    engine, key = config.rollout.engine, "rollout.engine.colocated=true"
+    if not engine.colocated:
+        return
+    if config.mode != "train" or config.stage != "rl":
+        yield f"{key}: mode={config.mode} stage={config.stage} has nobody to share devices with"
+    if config.rollout.max_staleness_steps:
+        yield (
+            f"rollout.max_staleness_steps={config.rollout.max_staleness_steps}: {key} lets engines "
+            "sleep while trainers work; must be 0"
+        )
+    if engine.router:
+        yield f"rollout.engine.router=true: a router takes sleeping engines for dead; {key}"
+    if config.cluster.engine_nodes:
+        yield (
+            f"cluster.engine_nodes={config.cluster.engine_nodes}: {key} puts the engines on the "
+            "trainers' nodes; must be 0"
+        )
+    if config.algorithm.kl_coef and config.algorithm.reference_on == "device":
+        yield f"algorithm.reference_on=device: would stay there in the engines' turn ({key}); host"
+    slurm = config.cluster.launcher == "slurm"
+    if slurm and config.warm_start.num_steps:
+        yield (
+            f"warm_start.num_steps={config.warm_start.num_steps}: the engines would load beside it "
+            f"({key}); run stage=sft first and set model.init_from="
+        )
+    on_gpu = engine.device != "cpu" and (slurm or bool(visible_gpus()))
+    if on_gpu and config.weight_sync.transport == "distributed":
+        yield (f"weight_sync.transport=distributed: NCCL takes no device twice ({key}); use disk")
+
+
 def _local_gpus(config: RunConfig, engine_gpus: int) -> int:
     trainers = config.parallel.world_size
     if config.mode == "train_only" or config.stage != "rl":
         return trainers
+    if config.rollout.engine.colocated:
+        return max(engine_gpus, trainers)
     return engine_gpus + (trainers if config.mode == "train" else 0)
 
 
@@ -51,7 +85,8 @@ def _slurm(config: RunConfig, engine_gpus: int) -> Iterator[str]:
     per_node = -(-parallel.world_size // cluster.trainer_nodes)
     if config.rollout.engine.device != "cpu":
         on_trainers = engine_gpus if cluster.engine_nodes == 0 else 0
-        if per_node + -(-on_trainers // cluster.trainer_nodes) > cluster.gpus_per_node:
+        beside = 0 if config.rollout.engine.colocated else per_node
+        if max(per_node, beside + -(-on_trainers // cluster.trainer_nodes)) > cluster.gpus_per_node:
             yield (
                 f"cluster.gpus_per_node={cluster.gpus_per_node}: {per_node} trainers"
                 + (" and their engines" if on_trainers else "")

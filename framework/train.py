@@ -55,6 +55,9 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     mesh = start_mesh(config.parallel, config.seed)
     found = resume_point(config, run_dir, mesh.rank)
     done = found.step if found is not None else 0
+    live = config.stage == "rl" and config.mode == "train"
+    engines = connect_engines(config, run_dir, mesh.rank) if live else None
+    dist.barrier()  # engines on our devices have given their memory away
     policy, reference = build_models(config, mesh, found)
     plan = ExportPlan(
         hf_config=policy.hf_config,
@@ -64,7 +67,6 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         bucket_bytes=config.weight_sync.bucket_mb << 20,
         dtype=DTYPES[config.model.dtype],
     )
-    live = config.stage == "rl" and config.mode == "train"
     source = batch_source(config, run_dir)
     logger = None
     if mesh.rank == 0:
@@ -72,7 +74,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         if found is not None:
             source.restore(found.rollout_state())
     dist.barrier()  # no rank asks for batches before they are the right ones
-    sync = weight_sync(config, run_dir, mesh.rank, policy, plan) if live else None
+    sync = weight_sync(config, run_dir, mesh.rank, policy, plan, engines) if live else None
     trainer = trainer_class(config)(
         config=config,
         mesh=mesh,
@@ -89,11 +91,15 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         start_step=done,
     )
     trainer.train()
+    if sync is not None:
+        sync.trainers_turn()
     policy.sync_parameters()
     if mesh.rank == 0 and run_dir.hf.exists():  # of the run that this one went on from
         shutil.rmtree(run_dir.hf)
     save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
     if sync is not None:
+        if config.rollout.engine.colocated and config.rollout.engine.urls:
+            trainer.push(config.num_steps)  # somebody else's engines, and they sleep
         sync.close()
     if logger is not None:
         source.finish()
@@ -206,22 +212,35 @@ def batch_source(config: RunConfig, run_dir: RunDir):
     return BufferClient(url, run_dir.token(), timeout_s)
 
 
-def weight_sync(config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan: Any):
-    """The link to the engines; only rank 0 talks to them."""
+def connect_engines(config: RunConfig, run_dir: RunDir, rank: int):
+    """The engines, on rank 0, which alone talks to them; asleep where they share its devices."""
+    from framework.weight_sync.engines import Engines
+
+    engine = config.rollout.engine
+    if rank != 0:
+        return None
+    urls = engine.urls or [
+        run_dir.wait_address(f"engine_{k}", engine.start_timeout_s)
+        for k in range(engine.num_engines)
+    ]
+    engines = Engines(urls, engine.api_key or run_dir.token(), config.weight_sync.timeout_s)
+    if engine.colocated:
+        engines.sleep()
+    return engines
+
+
+def weight_sync(
+    config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan: Any, engines: Any
+):
+    """The link to the engines."""
     from framework.megatron.model import DTYPES
+    from framework.megatron.offload import Offload
     from framework.weight_sync import WeightSync
     from framework.weight_sync.base import PushContext
-    from framework.weight_sync.engines import Engines
+    from framework.weight_sync.turns import Turns
     from megatron_bridge.export import ExportBuffers
 
     engine, sync = config.rollout.engine, config.weight_sync
-    engines = None
-    if rank == 0:
-        urls = engine.urls or [
-            run_dir.wait_address(f"engine_{k}", engine.start_timeout_s)
-            for k in range(engine.num_engines)
-        ]
-        engines = Engines(urls, engine.api_key or run_dir.token(), sync.timeout_s)
     context = PushContext(
         plan=plan,
         chunks=policy.chunks,
@@ -242,6 +261,7 @@ def weight_sync(config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan
         hf_config=policy.hf_config,
         engine_dtype=DTYPES[engine.dtype],
         engine_device=engine_device(engine.device),
+        turns=Turns(engines, Offload(policy)) if engine.colocated else None,
     )
 
 

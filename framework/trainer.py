@@ -92,6 +92,9 @@ class Trainer:
         start = time.perf_counter()
         batch = self.source.take(step)
         taken = time.perf_counter()
+        if self.sync is not None:
+            with self.phases.measure("turn"):
+                self.sync.trainers_turn()
         metrics = self.train_step(batch)
         trained = time.perf_counter()
         sync_metrics = self.push(step + 1)
@@ -278,7 +281,11 @@ class Trainer:
             return
         if last or version % self.config.checkpoint.every_steps == 0:
             state = self.source.snapshot(version) if self.mesh.rank == 0 else b""
+            if self.sync is not None:
+                self.sync.trainers_turn()
             self.checkpoints.save(version, state)
+            if self.config.rollout.engine.colocated and not last:
+                self.push(version)  # the engines gave their weights away for it
         else:
             self.checkpoints.poll()
 

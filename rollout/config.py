@@ -47,6 +47,8 @@ class EngineConfig:
     """Engines that somebody else runs; none is started when this is set."""
     api_key: str = ""
     """What requests to the engines carry; empty: the run's own token."""
+    colocated: bool = False
+    """Engines and trainers take turns on the same devices; needs max_staleness_steps=0."""
     router: bool = False
     """Put sglang-router before the engines; off: the rollout process deals its calls out itself."""
     router_policy: str = "power_of_two"

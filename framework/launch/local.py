@@ -14,7 +14,8 @@ PhaseCallback = Callable[[str, RunDir, int], None]
 def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None]) -> None:
     """Run the stages to their end.
 
-    Engines and the rollout process start first: they load while the supervised stage trains.
+    Engines and the rollout process start first: they load while the supervised stage trains; but
+    engines that share the trainers' devices only after it.
     Nothing is generated before the trainers' first push, which gives them the right weights.
 
     Raises:
@@ -22,18 +23,21 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
         InterruptedRunError: a signal asked the run to end; everything has been stopped.
     """
     main, warm_start = stages.main, stages.warm_start
+    roles = (*engine_roles(main), router_role(main), rollout_role(main))
+    early = [role for role in roles if role is not None]
+    late = [early.pop(0) for _ in engine_roles(main)] if main.rollout.engine.colocated else []
     with Supervisor(main.cluster.stop_timeout_s) as supervisor:
-        last = None
-        for role in (*engine_roles(main), router_role(main), rollout_role(main)):
-            if role is not None:
-                supervisor.start(role)
-                last = role
+        for role in early:
+            supervisor.start(role)
         if warm_start is not None:
             first = trainer_role(warm_start, name="warm_start")
             assert first is not None
             on_phase("warm start", RunDir(warm_start.run_dir), warm_start.num_steps)
             supervisor.start(first)
             supervisor.wait(first.name, tick)
+        for role in late:
+            supervisor.start(role)
+        last = early[-1] if early else None
         on_phase(main.mode, RunDir(main.run_dir), main.num_steps)
         trainer = trainer_role(main)
         if trainer is not None:

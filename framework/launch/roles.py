@@ -92,12 +92,14 @@ def uses_cpu(config: RunConfig) -> bool:
 
 
 def engine_roles(config: RunConfig) -> list[Role]:
-    """The engines of a run on this machine, each with its own GPUs after the trainers'."""
+    """The engines of a run on this machine, each with its own GPUs after the trainers'
+    (colocated: the trainers' own)."""
     if not needs_engines(config):
         return []
     run_dir, engine = Path(config.run_dir), config.rollout.engine
     gpus = [] if uses_cpu(config) else visible_gpus()
-    first = config.parallel.world_size if needs_trainer(config) else 0
+    beside = needs_trainer(config) and not engine.colocated
+    first = config.parallel.world_size if beside else 0
     roles = []
     for index in range(engine.num_engines):
         mine = gpus[first + index * engine.tp : first + (index + 1) * engine.tp]

@@ -113,11 +113,12 @@ def _this_environment() -> str:
 
 
 def _engines(config: RunConfig, use_gpus: bool, trainers_per_node: int) -> list[dict[str, Any]]:
-    """Engines go round their nodes; on a node they take the GPUs after the trainers'."""
+    """Engines go round their nodes; on a node they take the GPUs after the trainers', or the
+    same ones where they are colocated."""
     if not needs_engines(config):
         return []
     cluster, engine = config.cluster, config.rollout.engine
-    shared = cluster.engine_nodes == 0 and needs_trainer(config)
+    shared = cluster.engine_nodes == 0 and needs_trainer(config) and not engine.colocated
     num_nodes = cluster.engine_nodes or cluster.trainer_nodes
     placed = []
     for index in range(engine.num_engines):

@@ -3,6 +3,7 @@
 push(version):  pause engines -> transport.send -> engine checksums == ours -> continue
 """
 
+import contextlib
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from framework.weight_sync.base import PushContext, PushReport, Transport
 from framework.weight_sync.disk import DiskPush
 from framework.weight_sync.distributed import DistributedPush
 from framework.weight_sync.engines import Engines, WeightSyncError
+from framework.weight_sync.turns import Turns
 from megatron_bridge.checksum import ExpectedChecksums
 
 TRANSPORTS: dict[str, type[Transport]] = {
@@ -34,10 +36,13 @@ class WeightSync:
         hf_config: dict[str, Any],
         engine_dtype: torch.dtype,
         engine_device: str,
+        turns: Turns | None = None,
     ) -> None:
+        """turns: where trainers and engines share devices."""
         self._transport = TRANSPORTS[transport](context)
         self._engines = engines
         self._pause_mode = pause_mode
+        self._turns = turns
         self._verifier: ExpectedChecksums | None = None
         if verify and engines is not None:
             self._verifier = ExpectedChecksums(
@@ -51,20 +56,29 @@ class WeightSync:
             WeightSyncError: an engine failed, or its own checksum of a tensor is not ours; the
                 message names the tensors. The engines then stay paused.
         """
-        if self._engines is None:
-            self._transport.send(version, None, None)
-            return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
         verifier = self._verifier
         if verifier is not None:
             verifier.reset()
         start = time.perf_counter()
-        with self._engines.paused(self._pause_mode):
+        with self._standing_still():
             size = self._transport.send(version, self._engines, verifier)
             sent = time.perf_counter()
             if verifier is not None:
                 self._compare(version, verifier)
         end = time.perf_counter()
         return PushReport(size_bytes=size, time_s=end - start, verify_s=end - sent)
+
+    def trainers_turn(self) -> None:
+        """Where devices are shared: the trainers have them, until the next push; collective."""
+        if self._turns is not None:
+            self._turns.trainers()
+
+    def _standing_still(self) -> contextlib.AbstractContextManager[None]:
+        if self._turns is not None:
+            return self._turns.pushing()
+        if self._engines is not None:
+            return self._engines.paused(self._pause_mode)
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """The run is over: leave the engines to themselves, at the version they have."""

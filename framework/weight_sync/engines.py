@@ -72,6 +72,23 @@ class Engines:
         yield
         self.post("/continue_generation", {})
 
+    def sleep(self) -> None:
+        """Stop generating and free weights and caches; what they held is lost.
+
+        Requests that run are retracted: they go on, recomputed, once the caches are back.
+        """
+        self.post("/pause_generation", {"mode": "retract"})
+        self.post("/release_memory_occupation", {})
+
+    def wake_weights(self) -> None:
+        """Memory for weights again, with nothing in it: a push must follow."""
+        self.post("/resume_memory_occupation", {"tags": ["weights"]})
+
+    def wake_caches(self) -> None:
+        """Memory for the caches again; generation goes on."""
+        self.post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+        self.post("/continue_generation", {})
+
     def end_session(self) -> None:
         """Close the weight session that a trainer which died has left open; they refuse a second.
 

@@ -26,7 +26,7 @@ def activate() -> str | None:
 
 
 def register() -> None:
-    """Hooks for deterministic inference, whose kernels are Triton's upstream."""
+    """Hooks for deterministic inference, whose kernels are Triton's upstream, and for sleep."""
     if torch.cuda.is_available():
         return
     installed = importlib.metadata.version("sglang")
@@ -45,14 +45,18 @@ def register() -> None:
 
 def _hooks() -> dict[str, tuple[str, Callable]]:
     """What is hooked: (HookType, ours) by the dotted name of SGLang's own."""
-    from rollout.server import cpu_attention, cpu_sampling
+    from rollout.server import cpu_attention, cpu_memory, cpu_sampling
 
     attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
     runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    updater = "sglang.srt.managers.scheduler_components.weight_updater"
+    manager = f"{updater}.SchedulerWeightUpdaterManager"
     return {
         f"{runner}.maybe_enable_batch_invariant_mode": ("replace", _enable_batch_invariant_mode),
         f"{attention}._run_sdpa_forward_decode": ("around", cpu_attention.run_decode),
         f"{attention}._run_sdpa_forward_extend": ("around", cpu_attention.run_extend),
+        f"{manager}.release_memory_occupation": ("after", cpu_memory.release),
+        f"{manager}.resume_memory_occupation": ("before", cpu_memory.resume),
         "sglang.srt.layers.sampler.murmur_hash32": ("replace", cpu_sampling.murmur_hash32),
     }
 

@@ -71,6 +71,8 @@ class EngineProcess(ServerProcess):
         }
         if self.device == "cpu":
             arguments |= {"device": "cpu", "attention_backend": "torch_native"}
+        elif config.colocated:
+            arguments["enable_memory_saver"] = True
         return arguments | config.args
 
     def environment(self) -> dict[str, str]:

@@ -33,8 +33,11 @@ from framework.config import (
     ParallelConfig,
     RunConfig,
 )
+from framework.megatron.model import Policy
+from framework.megatron.offload import Offload
 from framework.megatron.parallel import start_mesh, stop_mesh
 from framework.train import build_models, trainer_class
+from framework.weight_sync.base import PushReport
 from megatron_bridge.export import export_buckets
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.load import detect_spec
@@ -228,6 +231,27 @@ class Recorder:
         self.steps.append({k: v for k, v in metrics.items() if k.startswith("train/")})
 
 
+class OffloadBetweenSteps:
+    """In place of the weight sync where engines share our devices."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._offload = Offload(policy, everything=True)
+
+    def push(self, version: int) -> PushReport:
+        """Nothing to push to: only what follows it."""
+        self._offload.away()
+        state = [parameter for chunk in self._policy.chunks for parameter in chunk.parameters()]
+        assert not sum(parameter.untyped_storage().nbytes() for parameter in state)
+        for buffer in (each for model in self._policy.wrapped for each in model.buffers):
+            assert not buffer.grad_data.untyped_storage().nbytes()
+        return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
+
+    def trainers_turn(self) -> None:
+        """As `WeightSync`."""
+        self._offload.back()
+
+
 def train(root: Path, rank: int, case: Case) -> None:
     """One case on one rank: the trainer's own loop over the journal; rank 0 leaves the outcome."""
     hf_dir = root / "models" / case.model
@@ -241,6 +265,7 @@ def train(root: Path, rank: int, case: Case) -> None:
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
         batch=BatchConfig(max_tokens_per_microbatch=96),
         gate=GateConfig(enabled=False),
+        eval=EvalConfig(at_start=False, at_end=False),
     )
     started = time.perf_counter()
     mesh = start_mesh(config.parallel, config.seed)
@@ -250,15 +275,18 @@ def train(root: Path, rank: int, case: Case) -> None:
             setattr(parameter, "sequence_parallel", False)  # noqa: B010
     recorder: Any = Recorder() if rank == 0 else None
     source = JournalSource(root / "rollouts")
+    sync: Any = OffloadBetweenSteps(policy) if case.offload else None
     trainer_class(config)(
         config=config,
         mesh=mesh,
         policy=policy,
         source=source,
-        sync=None,
+        sync=sync,
         logger=recorder,
         reference=reference,
     ).train()
+    if sync is not None:
+        sync.trainers_turn()
     policy.sync_parameters()
     plan = ExportPlan(
         hf_config=policy.hf_config,

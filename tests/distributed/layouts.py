@@ -127,6 +127,8 @@ class Case:
     """With the mistake that `PLANTED` describes."""
     objective: str = "grpo"
     """A row of OBJECTIVES or of PREFERENCES."""
+    offload: bool = False
+    """Between steps the whole state leaves the device, as where engines share it."""
 
     @property
     def name(self) -> str:
@@ -136,7 +138,7 @@ class Case:
             shown = "" if value is True else value
             shown = "+".join(value) if isinstance(value, list) else shown
             parts.append(f"{SHORT.get(key, key)}{shown}".strip())
-        return " ".join([*parts, *["planted"] * self.planted])
+        return " ".join([*parts, *["planted"] * self.planted, *["offload"] * self.offload])
 
     @property
     def world_size(self) -> int:
@@ -228,6 +230,8 @@ CASES = [
     Case("moe", {"dp": 2, "ep": 2}, ci=True, memory=MOE_PARTS),
     Case("qwen3_tied", {"tp": 2, SP: True}, ci=True, memory={"logits_chunk_tokens": 20}),
     Case("qwen3", {"cp": 2}, memory={"logits_chunk_tokens": 7}),
+    Case("moe", {"dp": 2, "ep": 2, OPT: True}, ci=True, offload=True),
+    Case("qwen3_tied", {"pp": 2}, offload=True),
     Case("qwen3_tied", {}, memory=PARTS),
     Case("llama", {}, memory={**FULL, "recompute_layers": 3}),
     Case("qwen3_tied", {"tp": 2, SP: True, "pp": 2, "vpp": 2}, memory=FULL),

@@ -73,7 +73,8 @@ def test_hf_directory_gives_the_engines_greedy_answers_in_transformers(first_run
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(first_run, engine, tmp_path):
-    """Again, on another engine, which other tests use as well."""
+    """Again, on another engine, which other tests use as well and which here takes turns with the
+    trainers: in theirs it sleeps, without weights and cache."""
     run_dir, _ = first_run
     again = tmp_path / "again"
     drivetrain(
@@ -84,8 +85,11 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(first_run, engine, tmp_pat
         f"model.init_from={run_dir / 'warm_start' / 'hf'}",
         f"rollout.engine.urls=[{engine.url}]",
         f"rollout.engine.api_key={engine.api_key}",
+        "rollout.engine.colocated=true",
     )
     assert largest_difference(weights(run_dir), weights(again)) == 0.0
+    log = engine.log_path.read_text()
+    assert log.count("released weights") == log.count("released kv_cache") == 8  # start, steps, end
     for first, second in zip(metrics(run_dir), metrics(again), strict=True):
         assert first.keys() == second.keys()
         for name in first:

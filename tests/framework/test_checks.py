@@ -153,6 +153,24 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
     ("fp8 on a CPU", ["model.fp8=hybrid", "model.dtype=bfloat16"], ["transformer_engine"]),
     ("fp8 of fp32", ["model.fp8=hybrid"], ["model.fp8=hybrid", "model.dtype=bfloat16"]),
     ("dropout", ["model.megatron.hidden_dropout=0.1"], ["model.megatron.hidden_dropout=0.1"]),
+    (
+        "shared devices, asynchronous",
+        ["rollout.engine.colocated=true", "rollout.max_staleness_steps=1"],
+        ["rollout.max_staleness_steps=1", "rollout.engine.colocated=true", "must be 0"],
+    ),
+    (
+        "shared devices behind a router",
+        ["rollout.engine.colocated=true", "rollout.engine.router=true"],
+        ["rollout.engine.router=true", "sleeping engines"],
+    ),
+    (
+        "shared devices on a cluster, as for separate ones",
+        [
+            *("cluster=slurm", "rollout.engine.device=cuda", "rollout.engine.colocated=true"),
+            *("dry_run=true", "cluster.num_nodes=2", "cluster.engine_nodes=1"),
+        ],
+        ["cluster.engine_nodes=1", "weight_sync.transport=distributed", "use disk"],
+    ),
     ("task argument", ["data.args.digits=8"], ["data.task=sort", "digits"]),
     ("GPU where there is none", ["rollout.engine.device=cuda"], ["rollout.engine.device=cuda"]),
     ("several nodes on one machine", ["cluster.num_nodes=2"], ["cluster.num_nodes=2"]),
