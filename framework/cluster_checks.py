@@ -25,6 +25,11 @@ def cluster_errors(config: RunConfig) -> Iterator[str]:
             )
     if cluster.launcher == "slurm":
         yield from _slurm(config, engine_gpus)
+    if config.weight_sync.transport == "tensor" and cluster.num_nodes > 1:
+        yield (
+            f"weight_sync.transport=tensor: shared memory of one host, cluster.num_nodes="
+            f"{cluster.num_nodes}; use distributed or disk"
+        )
 
 
 def colocation_errors(config: RunConfig) -> Iterator[str]:
@@ -56,7 +61,10 @@ def colocation_errors(config: RunConfig) -> Iterator[str]:
         )
     on_gpu = engine.device != "cpu" and (slurm or bool(visible_gpus()))
     if on_gpu and config.weight_sync.transport == "distributed":
-        yield (f"weight_sync.transport=distributed: NCCL takes no device twice ({key}); use disk")
+        yield (
+            f"weight_sync.transport=distributed: NCCL takes no device twice ({key}); use tensor "
+            "on one node, else disk"
+        )
 
 
 def _local_gpus(config: RunConfig, engine_gpus: int) -> int:

@@ -13,12 +13,14 @@ from framework.weight_sync.base import PushContext, PushReport, Transport
 from framework.weight_sync.disk import DiskPush
 from framework.weight_sync.distributed import DistributedPush
 from framework.weight_sync.engines import Engines, WeightSyncError
+from framework.weight_sync.tensor import TensorPush
 from framework.weight_sync.turns import Turns
 from megatron_bridge.checksum import ExpectedChecksums
 
 TRANSPORTS: dict[str, type[Transport]] = {
     "distributed": DistributedPush,
     "disk": DiskPush,
+    "tensor": TensorPush,
 }
 
 

@@ -74,7 +74,7 @@ def test_hf_directory_gives_the_engines_greedy_answers_in_transformers(first_run
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(first_run, engine, tmp_path):
     """Again, on another engine, which other tests use as well and which here takes turns with the
-    trainers: in theirs it sleeps, without weights and cache."""
+    trainers: in theirs it sleeps, without weights and cache. Pushes go through shared memory."""
     run_dir, _ = first_run
     again = tmp_path / "again"
     drivetrain(
@@ -86,6 +86,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(first_run, engine, tmp_pat
         f"rollout.engine.urls=[{engine.url}]",
         f"rollout.engine.api_key={engine.api_key}",
         "rollout.engine.colocated=true",
+        "weight_sync=tensor",
     )
     assert largest_difference(weights(run_dir), weights(again)) == 0.0
     log = engine.log_path.read_text()

@@ -169,7 +169,12 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
             *("cluster=slurm", "rollout.engine.device=cuda", "rollout.engine.colocated=true"),
             *("dry_run=true", "cluster.num_nodes=2", "cluster.engine_nodes=1"),
         ],
-        ["cluster.engine_nodes=1", "weight_sync.transport=distributed", "use disk"],
+        ["cluster.engine_nodes=1", "weight_sync.transport=distributed", "else disk"],
+    ),
+    (
+        "shared memory between hosts",
+        ["cluster=slurm", "weight_sync=tensor", "dry_run=true", "cluster.num_nodes=2"],
+        ["weight_sync.transport=tensor", "cluster.num_nodes=2"],
     ),
     ("task argument", ["data.args.digits=8"], ["data.task=sort", "digits"]),
     ("GPU where there is none", ["rollout.engine.device=cuda"], ["rollout.engine.device=cuda"]),
