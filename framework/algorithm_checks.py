@@ -81,6 +81,14 @@ def _reference(config: RunConfig) -> Iterator[str]:
         unused = "not used while algorithm.kl_coef=0; set a coefficient, for example 0.001"
     if algorithm.reference and not wanted:
         yield f"algorithm.reference={algorithm.reference}: {unused}"
+    every, saved = algorithm.reference_refresh_steps, config.checkpoint.every_steps
+    if every and not wanted:
+        yield f"algorithm.reference_refresh_steps={every}: {unused}"
+    elif every and saved % every:
+        yield (
+            f"checkpoint.every_steps={saved}: between two refreshes of the reference, whose weights"
+            f" no checkpoint holds; a multiple of algorithm.reference_refresh_steps={every}"
+        )
     if wanted and not algorithm.reference and resume not in ("auto", "never"):
         yield (
             f"{why}: checkpoint.resume={resume} begins with "

@@ -132,6 +132,8 @@ class AlgorithmConfig:
     reference: str = ""
     """Hugging Face directory of the reference policy; empty: what the run begins with, that is
     model.init_from, else model.hf_path."""
+    reference_refresh_steps: int = 0
+    """Every so many steps the policy becomes the reference; 0: it stays what it was."""
     reference_on: str = "host"
     """host | device: where its weights wait between passes."""
     entropy_coef: float = 0.0

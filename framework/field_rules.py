@@ -85,6 +85,7 @@ NOT_NEGATIVE = (
     "model.tiny.init_seed",
     "algorithm.entropy_coef",
     "algorithm.kl_coef",
+    "algorithm.reference_refresh_steps",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "rollout.max_staleness_steps",

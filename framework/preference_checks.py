@@ -10,6 +10,7 @@ TABLE = ("framework", "algorithm/preference/__init__.py", "PREFERENCE_LOSSES")
 OTHERS_TERMS = (
     # fields that mean nothing to a preference loss, each with the value that says so
     ("kl_coef", 0.0, "its losses hold the reference themselves"),
+    ("reference_refresh_steps", 0, "its reference stays what it was"),
     ("entropy_coef", 0.0, "its losses have no entropy term"),
     ("correction", "none", "no engine samples here"),
     ("updates_per_step", 1, "a batch makes one update; lower preference.batch_size instead"),

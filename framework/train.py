@@ -143,6 +143,14 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
     )
     if found is not None:
         load_checkpoint(found, policy, mesh)
+        every = algorithm.reference_refresh_steps
+        if references and every and found.step >= every:
+            if found.step % every:
+                raise ValueError(
+                    f"{found.path}: step {found.step} lies between two refreshes of the reference, "
+                    f"whose weights no checkpoint holds; algorithm.reference_refresh_steps={every}"
+                )
+            references[0].refresh()  # it was, at this very step
     return policy, references[0] if references else None
 
 

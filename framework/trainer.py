@@ -96,6 +96,7 @@ class Trainer:
             with self.phases.measure("turn"):
                 self.sync.trainers_turn()
         metrics = self.train_step(batch)
+        self.refresh_reference(step + 1)
         trained = time.perf_counter()
         sync_metrics = self.push(step + 1)
         end = time.perf_counter()
@@ -110,6 +111,13 @@ class Trainer:
         )
         figures = {**batch.metrics, **metrics, **sync_metrics, **times, **self.phases.take()}
         self.log(step + 1, figures)
+
+    def refresh_reference(self, version: int) -> None:
+        """algorithm.reference_refresh_steps: the policy of this version is the new reference."""
+        every = self.config.algorithm.reference_refresh_steps
+        if self.reference is not None and every and version % every == 0:
+            self.policy.sync_parameters()
+            self.reference.refresh()
 
     def train_step(self, batch: StepBatch) -> dict[str, float]:
         """Train on one batch; returns its figures, the same on every rank."""

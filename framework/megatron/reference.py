@@ -19,6 +19,11 @@ class Reference:
         self._parameters = [each for chunk in chunks for each in chunk.parameters()]
         self._weights = [self._copy(each.detach(), on_host) for each in self._parameters]
 
+    def refresh(self) -> None:
+        """Take the parameters as they are now; every rank of the policy at the same step."""
+        for parameter, weight in zip(self._parameters, self._weights, strict=True):
+            weight.copy_(parameter.detach())
+
     @property
     def size_bytes(self) -> int:
         """What it holds between passes."""

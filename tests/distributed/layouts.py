@@ -85,6 +85,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sapo": {"loss": "sapo", "advantage": "group_centered", "aggregation": "sequence_sum"},
     "cispo": {"loss": "cispo", "advantage": "group_centered", "entropy_coef": 0.01},
     "kl": {"loss": "policy_gradient", "kl_coef": 0.1, "kl_estimator": "unbiased"},
+    "kl_refresh": {"kl_coef": 0.1, "kl_estimator": "k2", "reference_refresh_steps": 2},
     "tis": {"correction": "token", "advantage": "leave_one_out", "loss_args": {"dual_clip": 3.0}},
 }
 """Fields of `algorithm`."""
@@ -207,6 +208,7 @@ CASES = [
     _case("deepseek", SP, OPT, tp=2, pp=2, dp=2, ep=4),
     _case("qwen3", cp=2, objective="gspo", ci=True),
     _case("qwen3", OPT, OVERLAP, dp=2, objective="kl"),
+    _case("qwen3", OPT, OVERLAP, dp=2, objective="kl_refresh"),
     *(
         _case("qwen3", *flags, objective=objective, **sizes)
         for objective in OBJECTIVES

@@ -36,6 +36,14 @@ BROKEN = [
     (["algorithm=grpo_kl", "algorithm.reference=/no/such"], "algorithm.reference=/no/such"),
     (["algorithm.reference=/no/such"], "not used while algorithm.kl_coef=0"),
     (["algorithm=grpo_kl", "checkpoint.resume=/no/such"], "name the reference by"),
+    (["algorithm.reference_refresh_steps=5"], "not used while algorithm.kl_coef=0"),
+    (
+        [
+            *("algorithm=grpo_kl", "algorithm.reference_refresh_steps=5"),
+            "checkpoint.every_steps=8",
+        ],
+        "checkpoint.every_steps=8: between two refreshes",
+    ),
     (["algorithm.loss=no.such.module"], "algorithm.loss=no.such.module: No module named"),
     (["algorithm.loss=os.path"], "algorithm.loss=os.path: os.path has no function loss(inputs"),
 ]
