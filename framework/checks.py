@@ -165,15 +165,20 @@ def _waits(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if config.mode != "train" or config.stage != "rl" or parallel.world_size == 1:
         return
+    engine, sync = config.rollout.engine, config.weight_sync
+    calls = 2 if engine.colocated else 1  # a turn is two requests
     bounds = {
-        "rollout.batch_timeout_s": config.rollout.batch_timeout_s,
-        "weight_sync.timeout_s": config.weight_sync.timeout_s,
+        f"rollout.batch_timeout_s={config.rollout.batch_timeout_s:g}": (
+            config.rollout.batch_timeout_s
+        ),
+        f"rollout.engine.start_timeout_s={engine.start_timeout_s:g}": engine.start_timeout_s,
+        f"weight_sync.timeout_s={sync.timeout_s:g}{' x 2' * (calls - 1)}": calls * sync.timeout_s,
     }
-    for key, seconds in bounds.items():
+    for bound, seconds in bounds.items():
         if seconds > parallel.timeout_s:
             yield (
                 f"parallel.timeout_s={parallel.timeout_s:g}: trainers that wait for rank 0 would "
-                f"give up before it does; at least {key}={seconds:g}"
+                f"give up before it does; at least {bound}"
             )
 
 

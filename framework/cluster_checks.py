@@ -25,11 +25,35 @@ def cluster_errors(config: RunConfig) -> Iterator[str]:
             )
     if cluster.launcher == "slurm":
         yield from _slurm(config, engine_gpus)
-    if config.weight_sync.transport == "tensor" and cluster.num_nodes > 1:
+    if config.weight_sync.transport == "tensor":
+        yield from _shared_memory(config)
+
+
+def _shared_memory(config: RunConfig) -> Iterator[str]:
+    cluster, engine, key = config.cluster, config.rollout.engine, "weight_sync.transport=tensor"
+    if cluster.num_nodes > 1:
         yield (
-            f"weight_sync.transport=tensor: shared memory of one host, cluster.num_nodes="
-            f"{cluster.num_nodes}; use distributed or disk"
+            f"{key}: shared memory of one host, cluster.num_nodes={cluster.num_nodes}; "
+            "use distributed or disk"
         )
+    if not _on_gpus(config):
+        return
+    one = engine.num_engines == 1 and engine.tp == config.parallel.world_size
+    if not (engine.colocated and one):
+        yield (
+            f"{key}: on GPUs both sides must see the same devices: rollout.engine.colocated=true, "
+            f"one engine, rollout.engine.tp={config.parallel.world_size}; else use disk"
+        )
+    if not config.weight_sync.verify:
+        yield (
+            f"weight_sync.verify=false: with {key} an engine on GPUs answers before it has copied; "
+            "only its checksums tell that it has"
+        )
+
+
+def _on_gpus(config: RunConfig) -> bool:
+    slurm = config.cluster.launcher == "slurm"
+    return config.rollout.engine.device != "cpu" and (slurm or bool(visible_gpus()))
 
 
 def colocation_errors(config: RunConfig) -> Iterator[str]:
@@ -59,11 +83,10 @@ def colocation_errors(config: RunConfig) -> Iterator[str]:
             f"warm_start.num_steps={config.warm_start.num_steps}: the engines would load beside it "
             f"({key}); run stage=sft first and set model.init_from="
         )
-    on_gpu = engine.device != "cpu" and (slurm or bool(visible_gpus()))
-    if on_gpu and config.weight_sync.transport == "distributed":
+    if _on_gpus(config) and config.weight_sync.transport == "distributed":
         yield (
             f"weight_sync.transport=distributed: NCCL takes no device twice ({key}); use tensor "
-            "on one node, else disk"
+            "where one engine has all the trainers' devices, else disk"
         )
 
 

@@ -89,7 +89,7 @@ def compose_config(overrides: Sequence[str], config_dir: str = "") -> RunConfig:
     try:
         with initialize_config_module(config_module=CONFIG_MODULE, version_base="1.3"):
             composed = compose(config_name="config", overrides=lines)
-        _drop_arguments(composed, parsed)
+            _drop_arguments(composed, parsed, lines)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_hydra_message(error, parsed)]) from error
@@ -171,14 +171,19 @@ def _hydra_line(item: Override, groups: dict[str, list[str]]) -> str:
     return f"++{line}" if is_open else line
 
 
-def _drop_arguments(composed: DictConfig, parsed: Sequence[Override]) -> None:
+def _drop_arguments(composed: DictConfig, parsed: Sequence[Override], lines: list[str]) -> None:
+    """Where the command line names another row, of its arguments only those it gives as well."""
     typed = {item.key_or_group: item.value() for item in parsed}
     for key, arguments in ARGUMENTS_OF.items():
         if key not in typed:
             continue
-        kept = {name.removeprefix(f"{arguments}.").split(".")[0] for name in typed}
-        whole = typed.get(arguments)
-        kept |= set(whole) if isinstance(whole, dict) else set()
+        others = [line for line in lines if not line.startswith(f"{key}=")]
+        before = compose(config_name="config", overrides=others)
+        if OmegaConf.select(before, key) == OmegaConf.select(composed, key):
+            continue
+        whole, prefix = typed.get(arguments), f"{arguments}."
+        kept = set(whole) if isinstance(whole, dict) else set()
+        kept |= {name[len(prefix) :].split(".")[0] for name in typed if name.startswith(prefix)}
         node = OmegaConf.select(composed, arguments)
         left = {name: value for name, value in node.items() if name in kept}
         OmegaConf.update(composed, arguments, left, merge=False)

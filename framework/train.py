@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -227,11 +228,14 @@ def connect_engines(config: RunConfig, run_dir: RunDir, rank: int):
     engine = config.rollout.engine
     if rank != 0:
         return None
+    deadline = time.monotonic() + engine.start_timeout_s
     urls = engine.urls or [
-        run_dir.wait_address(f"engine_{k}", engine.start_timeout_s)
+        run_dir.wait_address(f"engine_{k}", max(0.0, deadline - time.monotonic()))
         for k in range(engine.num_engines)
     ]
-    engines = Engines(urls, engine.api_key or run_dir.token(), config.weight_sync.timeout_s)
+    # rewind() of a run that goes on with new engines removes it with their addresses.
+    asleep = run_dir.addresses / "asleep.json" if engine.colocated else None
+    engines = Engines(urls, engine.api_key or run_dir.token(), config.weight_sync.timeout_s, asleep)
     if engine.colocated:
         engines.sleep()
     return engines

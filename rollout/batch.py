@@ -54,7 +54,7 @@ def _metrics(
     uniform = [len({sample.reward for sample in group.samples}) == 1 for group in groups]
     metrics = {
         "rollout/reward_mean": rewards.mean(),
-        "rollout/accuracy": (rewards >= 1).mean(),
+        "rollout/accuracy": np.mean([sample.right for sample in samples]),
         "rollout/staleness_mean": np.mean([step - info.version for info in infos]),
         "rollout/response_length_mean": lengths.mean(),
         "rollout/truncated_fraction": _fraction(samples, Status.TRUNCATED),

@@ -65,7 +65,7 @@ class Evaluator:
         lengths = [sample.response_length for sample in samples]
         result = EvalResult(
             version=version,
-            accuracy=sum(sample.reward >= 1 for sample in samples) / count,
+            accuracy=sum(sample.right for sample in samples) / count,
             reward_mean=sum(sample.reward for sample in samples) / count,
             failed_fraction=len(failed) / count,
             num_prompts=count,

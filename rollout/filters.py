@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rollout.own_code import import_own
-from rollout.types import Group, Sample, Status
+from rollout.types import Group, Status
 
 GroupFilter = Callable[[Group], str]
 """Why the group should be dropped, as a short name that is counted; "": keep it."""
@@ -25,7 +25,7 @@ def dynamic_sampling(group: Group) -> str:
 
     Failed samples train nothing, so they say nothing here; nor does the penalty for long answers.
     """
-    rewards = {_task_reward(s) for s in group.samples if s.status is not Status.FAILED}
+    rewards = {round(s.task_reward, 9) for s in group.samples if s.status is not Status.FAILED}
     if not rewards:
         return "all_failed"
     if len(rewards) > 1:
@@ -108,9 +108,4 @@ def num_kept(num_groups: int, share: float) -> int:
 
 def _spread(group: Group) -> float:
     rewards = [s.reward for s in group.samples if s.status is not Status.FAILED]
-    return float(np.std(rewards)) if rewards else 0.0
-
-
-def _task_reward(sample: Sample) -> float:
-    """The reward without the penalty for its length (rollout.rewards.overlong)."""
-    return round(sample.reward - sample.rewards.get("overlong", 0.0), 9)
+    return float(np.std(rewards)) if rewards else -1.0  # teaches less than equal rewards do

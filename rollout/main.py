@@ -97,7 +97,9 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             # Twice what the engines compute at a time: their queues never run dry.
             max_running_groups=2 * max(1, capacity // per_group),
             filters=filters,
-            max_dropped_per_step=run.rollout.max_refills * run.rollout.prompts_per_step,
+            max_dropped_per_step=run.rollout.max_refills
+            * run.rollout.prompts_per_step
+            * (1 + run.rollout.max_staleness_steps),  # groups run ahead by so many steps
             keep_share=run.rollout.keep_share,
         )
         evaluator = Evaluator(

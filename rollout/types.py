@@ -52,6 +52,16 @@ class Sample:
         """R"""
         return len(self.loss_mask)
 
+    @property
+    def task_reward(self) -> float:
+        """The reward without the penalty for its length (rollout.rewards.overlong)."""
+        return self.reward - self.rewards.get("overlong", 0.0)
+
+    @property
+    def right(self) -> bool:
+        """What accuracies count: a task's reward of at least 1, but for rounding of its sum."""
+        return self.task_reward > 1 - 1e-9
+
     def check(self) -> None:
         """Raise ValueError when the arrays do not fit each other."""
         where = f"sample {self.group_id}/{self.index}"

@@ -15,7 +15,7 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
     """Run the stages to their end.
 
     Engines and the rollout process start first: they load while the supervised stage trains; but
-    engines that share the trainers' devices only after it.
+    where engines share the trainers' devices only after it.
     Nothing is generated before the trainers' first push, which gives them the right weights.
 
     Raises:
@@ -24,8 +24,8 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
     """
     main, warm_start = stages.main, stages.warm_start
     roles = (*engine_roles(main), router_role(main), rollout_role(main))
-    early = [role for role in roles if role is not None]
-    late = [early.pop(0) for _ in engine_roles(main)] if main.rollout.engine.colocated else []
+    servers = [role for role in roles if role is not None]
+    early, late = ([], servers) if main.rollout.engine.colocated else (servers, [])
     with Supervisor(main.cluster.stop_timeout_s) as supervisor:
         for role in early:
             supervisor.start(role)
@@ -37,7 +37,7 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
             supervisor.wait(first.name, tick)
         for role in late:
             supervisor.start(role)
-        last = early[-1] if early else None
+        last = servers[-1] if servers else None
         on_phase(main.mode, RunDir(main.run_dir), main.num_steps)
         trainer = trainer_role(main)
         if trainer is not None:

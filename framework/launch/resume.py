@@ -17,7 +17,6 @@ MAY_DIFFER = (
     *(f"rollout.{name}" for name in ("host", "port", "address", "batch_timeout_s")),
     "rollout.max_body_bytes",
     *(f"rollout.engine.{name}" for name in ("num_engines", "tp", "host", "urls", "api_key")),
-    "rollout.engine.colocated",
     *("rollout.engine.router", "rollout.engine.router_policy"),
     *(f"rollout.engine.{name}" for name in ("max_total_tokens", "max_running_requests")),
     *(f"rollout.engine.{name}" for name in ("start_timeout_s", "request_timeout_s")),

@@ -13,6 +13,7 @@ from framework.gpus import Gpu
 from framework.plan.memory import gpu_of, size_text
 from framework.plan.stages import Stage
 from megatron_bridge.models import describe
+from rollout.filters import num_kept
 
 CPU_CORE_FLOPS = 2e10
 """Sustained, of one core of a common server."""
@@ -46,7 +47,8 @@ def step_samples(config: RunConfig) -> int:
         return config.warm_start.batch_size
     if config.stage == "preference":
         return 2 * config.preference.batch_size
-    return config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    rollout = config.rollout
+    return num_kept(rollout.prompts_per_step, rollout.keep_share) * rollout.samples_per_prompt
 
 
 def step_shape(config: RunConfig) -> StepShape:

@@ -4,15 +4,23 @@ One trainer process talks to all engines, in parallel; whatever one of them refu
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from rollout.run_dir import write_atomic
+
 _KEEPALIVE_S = 2.0
 """Idle connections are dropped by us first: SGLang does so after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE),
 and a push that meets it then has failed; it must not be sent twice."""
+
+WEIGHTS, CACHES = "weights", ("kv_cache", "cuda_graph")
+"""SGLang's names of what an engine can release."""
+MEMORY = (WEIGHTS, *CACHES)
 
 _NO_SESSION = "no weight-update session is open"
 
@@ -24,10 +32,19 @@ class WeightSyncError(RuntimeError):
 class Engines:
     """All engines of a run, addressed together."""
 
-    def __init__(self, urls: Sequence[str], api_key: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        api_key: str,
+        timeout_s: float,
+        asleep_file: Path | None = None,
+    ) -> None:
+        """asleep_file: holds what sleeps, for a trainer that comes after one which died; no engine
+        survives being told twice to release the same memory."""
         if not urls:
             raise ValueError("weight sync needs at least one engine address")
         self.urls = list(urls)
+        self._asleep_file = asleep_file
         self.timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(
@@ -78,16 +95,30 @@ class Engines:
         Requests that run are retracted: they go on, recomputed, once the caches are back.
         """
         self.post("/pause_generation", {"mode": "retract"})
-        self.post("/release_memory_occupation", {})
+        awake = [tag for tag in MEMORY if tag not in self._asleep()]
+        if awake:
+            self.post("/release_memory_occupation", {"tags": awake})
+        self._note_asleep(MEMORY)
 
     def wake_weights(self) -> None:
         """Memory for weights again, with nothing in it: a push must follow."""
-        self.post("/resume_memory_occupation", {"tags": ["weights"]})
+        self.post("/resume_memory_occupation", {"tags": [WEIGHTS]})
+        self._note_asleep(CACHES)
 
     def wake_caches(self) -> None:
         """Memory for the caches again; generation goes on."""
-        self.post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+        self.post("/resume_memory_occupation", {"tags": list(CACHES)})
+        self._note_asleep(())
         self.post("/continue_generation", {})
+
+    def _asleep(self) -> list[str]:
+        if self._asleep_file is None or not self._asleep_file.exists():
+            return []
+        return json.loads(self._asleep_file.read_text(encoding="utf-8"))
+
+    def _note_asleep(self, tags: Sequence[str]) -> None:
+        if self._asleep_file is not None:
+            write_atomic(self._asleep_file, json.dumps(list(tags)).encode())
 
     def end_session(self) -> None:
         """Close the weight session that a trainer which died has left open; they refuse a second.

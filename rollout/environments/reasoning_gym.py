@@ -3,6 +3,9 @@
 The family makes the question and its own `score_answer` is the reward.
 """
 
+import contextlib
+import random
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -17,11 +20,23 @@ def _question(name: str, seed: int, args: tuple[tuple[str, Any], ...]) -> tuple[
     get one for each seed.
     """
     dataset = _family(name, 0, args)
+    with _global_random(seed):
+        try:
+            return dataset, dataset[seed]
+        except IndexError:
+            dataset = _family(name, seed, args)
+            return dataset, dataset[0]
+
+
+@contextlib.contextmanager
+def _global_random(seed: int) -> Iterator[None]:
+    """Some families (list_functions) draw from the process's own generator as well."""
+    state = random.getstate()
+    random.seed(seed)
     try:
-        return dataset, dataset[seed]
-    except IndexError:
-        dataset = _family(name, seed, args)
-        return dataset, dataset[0]
+        yield
+    finally:
+        random.setstate(state)
 
 
 @lru_cache(maxsize=64)

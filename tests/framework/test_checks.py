@@ -172,6 +172,19 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
         ["cluster.engine_nodes=1", "weight_sync.transport=distributed", "else disk"],
     ),
     (
+        "shared memory of GPUs that only one side sees",
+        [
+            *("cluster=slurm", "rollout.engine.device=cuda", "weight_sync=tensor", "dry_run=true"),
+            *("weight_sync.verify=false", "parallel.dp=2"),
+        ],
+        ["weight_sync.transport=tensor", "rollout.engine.tp=2", "weight_sync.verify=false"],
+    ),
+    (
+        "engines that may start later than trainers wait",
+        ["rollout.engine.start_timeout_s=5000", "parallel.dp=2"],
+        ["parallel.timeout_s=600", "rollout.engine.start_timeout_s"],
+    ),
+    (
         "shared memory between hosts",
         ["cluster=slurm", "weight_sync=tensor", "dry_run=true", "cluster.num_nodes=2"],
         ["weight_sync.transport=tensor", "cluster.num_nodes=2"],

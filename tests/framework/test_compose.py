@@ -86,6 +86,8 @@ def test_arguments_go_with_what_they_belong_to() -> None:
         return compose_config(["algorithm=grpo", "data=sort", *line]).algorithm.loss_args
 
     assert algorithm("algorithm.loss_args.clip_low=0.1")["clip_high"] == 0.2
+    assert algorithm("algorithm=dapo", "algorithm.loss=ppo_clip")["clip_high"] == 0.28  # its own
+    assert algorithm("algorithm.loss=sapo", "num_steps=3", "name=clip_low") == {}
     assert algorithm("algorithm.loss=sapo") == {}
     knob = "temperature_positive"
     assert algorithm("algorithm.loss=sapo", f"algorithm.loss_args.{knob}=2") == {knob: 2}
