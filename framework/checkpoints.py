@@ -23,6 +23,8 @@ from rollout.run_dir import write_atomic
 MANIFEST = "complete.json"
 CONFIG = "config.yaml"
 ROLLOUT = "rollout.msgpack"
+TORCH_DIST = ".metadata"
+"""megatron-core's own; a directory with it holds weights that model.init_from= can name."""
 _FORMAT = 1
 _PAYLOAD_SUFFIX = ".distcp"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 from framework.algorithm_checks import algorithm_errors
+from framework.checkpoints import TORCH_DIST
 from framework.cluster_checks import cluster_errors, colocation_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
@@ -288,6 +289,17 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         )
 
 
+def _start(config: RunConfig, key: str, path: str) -> Iterator[str]:
+    """Weights to start from: a Hugging Face directory or, for trainers, a Megatron checkpoint."""
+    if not path or not (Path(path).expanduser() / TORCH_DIST).is_file():
+        yield from _weights(key, path)
+    elif config.mode in ("rollout_only", "eval"):
+        yield (
+            f"{key}={path}: a Megatron checkpoint, and the engines of mode={config.mode} read "
+            "Hugging Face directories only; make one by drivetrain-convert to-hf"
+        )
+
+
 def _weights(key: str, path: str) -> Iterator[str]:
     if not path:
         return
@@ -306,8 +318,8 @@ def _own_weights(config: RunConfig) -> Iterator[str]:
 
 
 def _paths(config: RunConfig) -> Iterator[str]:
-    yield from _weights("model.init_from", config.model.init_from)
-    yield from _weights("algorithm.reference", config.algorithm.reference)
+    yield from _start(config, "model.init_from", config.model.init_from)
+    yield from _start(config, "algorithm.reference", config.algorithm.reference)
     path = Path(config.run_dir)
     yield from resume_errors(config)
     fresh = config.checkpoint.resume != "auto" and not config.dry_run  # which writes nothing

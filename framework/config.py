@@ -33,7 +33,8 @@ class ModelConfig:
     hf_path: str = ""
     """Hugging Face directory: config.json, safetensors, tokenizer. Empty: `tiny` is created."""
     init_from: str = ""
-    """Hugging Face directory whose weights replace those of hf_path (an earlier stage's hf/)."""
+    """Whose weights replace those of hf_path: a Hugging Face directory (an earlier stage's hf/) or,
+    for trainers, a Megatron checkpoint (RUN/checkpoints/step_000010, drivetrain-convert's)."""
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     dtype: str = "float32"
     """float32 | bfloat16: parameters and activations of the trainer (gradients stay fp32)."""

@@ -110,19 +110,25 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
 
 def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tuple[Any, Any]:
     """The policy, from the checkpoint if there is one; the reference where the loss wants one."""
-    from framework.megatron.checkpoint import load_checkpoint
+    from framework.megatron.checkpoint import load_checkpoint, load_weights
     from framework.megatron.model import build_policy, read_hf_config
     from framework.megatron.reference import Reference
     from framework.megatron.sharded_state import blank_weights
     from megatron_bridge.load import load_hf
+    from megatron_bridge.torch_dist import is_torch_dist
 
     model, algorithm = config.model, config.algorithm
     hf_config = read_hf_config(model.hf_path)
     first = model.init_from or model.hf_path
     references: list[Reference] = []
 
-    def load_weights(chunks: list[Any]) -> None:
+    def fill(chunks: list[Any]) -> None:
+        """Give the bare models their weights, before the optimizer copies them."""
+
         def load(path: str) -> None:
+            if is_torch_dist(path):
+                load_weights(path, chunks, hf_config)
+                return
             load_hf(chunks, path, mesh.layout, mesh.coords, model.vocab_pad_multiple, hf_config)
 
         if needs_reference(config):
@@ -139,7 +145,7 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
         config.parallel,
         config.optimizer,
         mesh,
-        load_weights,
+        fill,
         config.memory,
     )
     if found is not None:

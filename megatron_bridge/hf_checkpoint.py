@@ -7,6 +7,7 @@ bytes are mapped and read box by box, so that each rank touches only what it hol
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,6 +85,11 @@ class HfCheckpoint:
     def shapes(self) -> dict[str, Index]:
         """Name -> shape of every tensor."""
         return {name: info.shape for name, info in self.tensors.items()}
+
+    def size_bytes(self, name: str) -> int:
+        """Bytes of a tensor of one of DTYPES."""
+        info = self.tensors[name]
+        return prod(info.shape) * DTYPES[info.dtype].itemsize
 
     def read(self, box: Box) -> torch.Tensor:
         """The content of a box, in the file's type; only its bytes are read."""

@@ -4,6 +4,7 @@ Every name, type and shape is known beforehand: each file's header is written fi
 are appended in that order. The directory appears under its name only when it is complete.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,13 +22,22 @@ COPIED_SUFFIXES = frozenset({".json", ".txt", ".jinja", ".model", ".tiktoken"})
 
 Entry = tuple[str, torch.dtype, Index]
 """Name, type and shape of a tensor to come."""
+File = tuple[str, list[Entry]]
+"""A file's name and its tensors in order."""
+_SOURCE = ".source"
+"""In an unfinished directory: what its complete files were written from."""
+_UNFINISHED = ".writing"
+"""Suffix of a file that is being written."""
 
 
 class HfWriter:
     """One directory while it is written: `add` every tensor in order, then `finish`.
 
     Until `finish` everything lies in a hidden directory beside the target; `abort` removes it, and
-    so does the next writer of the same target if the process was killed.
+    so does the next writer of the same target if the process was killed, unless it is to go on.
+
+    resume: names the source of the tensors. What a killed writer with the same entries and the
+    same name left, its complete files, is kept; `names` are the tensors that are still to come.
     """
 
     def __init__(
@@ -36,19 +46,22 @@ class HfWriter:
         entries: Sequence[Entry],
         like: str | Path,
         max_file_bytes: int = 4 << 30,
+        resume: str = "",
     ) -> None:
         self.path = Path(out_dir).absolute()
-        if self.path.exists():
-            raise ValueError(f"{self.path} exists already; nothing is overwritten")
+        check_free(self.path)
         config = read_config(like)
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
-        self._pending = list(reversed(_split(entries, max_file_bytes)))
-        self._num_files = len(self._pending)
-        self._weight_map: dict[str, str] = {}
-        self._total_bytes = 0
+        self._partial = partial_dir(self.path)
+        files = _name_files(_split(entries, max_file_bytes))
+        kept = _keep_complete(self._partial, files, resume)
+        self._pending = [each for each in reversed(files) if each[0] not in kept]
+        self.names = [entry[0] for name, held in files if name not in kept for entry in held]
+        """The tensors to add, in order."""
+        self.kept_files = len(kept)
+        """Files that an earlier writer had completed."""
+        self._weight_map = {entry[0]: name for name, held in files for entry in held}
+        self._total_bytes = sum(map(_size_bytes, entries))
+        self._writing: Path | None = None
         self._file: BinaryIO | None = None
         self._expected: list[Entry] = []
         try:
@@ -70,22 +83,20 @@ class HfWriter:
         assert self._file is not None
         content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
         self._file.write(content.numpy().data)
-        self._total_bytes += content.numel()
 
     def finish(self) -> None:
         """Close the last file, write the index and give the directory its name."""
         self._close_file()
         if self._pending:
             raise ValueError(f"{self.path}: {len(self._pending)} files were never written")
-        if self._num_files > 1:
+        if len(set(self._weight_map.values())) > 1:
             index = {
                 "metadata": {"total_size": self._total_bytes},
                 "weight_map": self._weight_map,
             }
             (self._partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _sync(self._partial)
-        self._partial.rename(self.path)
-        _sync(self.path.parent)
+        (self._partial / _SOURCE).unlink(missing_ok=True)
+        give_name(self._partial, self.path)
 
     def abort(self) -> None:
         """Remove what was written so far."""
@@ -98,24 +109,56 @@ class HfWriter:
         self._close_file()
         if not self._pending:
             raise ValueError(f"{self.path}: more tensors came than were announced")
-        entries = self._pending.pop()
-        number = self._num_files - len(self._pending)
-        name = SINGLE
-        if self._num_files > 1:
-            name = f"model-{number:05d}-of-{self._num_files:05d}.safetensors"
-        self._file = (self._partial / name).open("wb")
+        name, entries = self._pending.pop()
+        self._writing = self._partial / name
+        self._file = self._writing.with_suffix(_UNFINISHED).open("wb")
         self._file.write(_header(entries))
         self._expected = list(reversed(entries))
-        self._weight_map |= {entry[0]: name for entry in entries}
 
     def _close_file(self) -> None:
         if self._expected:
             raise ValueError(f"{self.path}: tensor {self._expected[-1][0]} never came")
-        if self._file is not None:
+        if self._file is not None and self._writing is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+            self._writing.with_suffix(_UNFINISHED).rename(self._writing)
+
+
+def check_free(path: Path) -> None:
+    """ValueError unless `path` is free for a directory to appear at: absent, or an empty one."""
+    if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
+        raise ValueError(f"{path} exists already; nothing is overwritten")
+
+
+def partial_dir(path: Path) -> Path:
+    """Where a directory lies while it is written: hidden, beside `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def give_name(partial: Path, path: Path) -> None:
+    """A complete directory gets its name, durably."""
+    sync_directory(partial)
+    partial.rename(path)
+    sync_directory(path.parent)
+
+
+def _keep_complete(partial: Path, files: Sequence[File], source: str) -> set[str]:
+    """Make `partial` hold nothing but complete files of the same tensors from the same source."""
+    layout = [(name, [(e[0], str(e[1]), e[2]) for e in held]) for name, held in files]
+    mark = hashlib.sha256(f"{source}\n{layout}".encode()).hexdigest()
+    marked = partial / _SOURCE
+    kept: set[str] = set()
+    if source and marked.is_file() and marked.read_text(encoding="utf-8") == mark:
+        kept = {name for name, _ in files if (partial / name).is_file()}
+    partial.mkdir(parents=True, exist_ok=True)
+    for file in partial.iterdir():
+        if file.name not in kept:
+            file.unlink()
+    if source:
+        marked.write_text(mark, encoding="utf-8")
+    return kept
 
 
 def _size_bytes(entry: Entry) -> int:
@@ -134,6 +177,16 @@ def _split(entries: Sequence[Entry], max_file_bytes: int) -> list[list[Entry]]:
         files[-1].append(entry)
         room -= size
     return files
+
+
+def _name_files(files: Sequence[list[Entry]]) -> list[File]:
+    """Hugging Face's names for one file, or for several."""
+    if len(files) == 1:
+        return [(SINGLE, files[0])]
+    return [
+        (f"model-{number:05d}-of-{len(files):05d}.safetensors", entries)
+        for number, entries in enumerate(files, 1)
+    ]
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -170,11 +223,14 @@ def _copy_companions(
             shutil.copyfile(file, out / file.name)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     dtype = str(entries[0][1]).removeprefix("torch.")
+    if config.get(key) == dtype:
+        shutil.copyfile(like / "config.json", out / "config.json")
+        return
     text = json.dumps({**config, key: dtype}, indent=2) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make renames and new files of a directory durable."""
     handle = os.open(directory, os.O_RDONLY)
     try:

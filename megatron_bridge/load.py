@@ -86,21 +86,15 @@ def check_model(
         raise ValueError(f"model and weight table differ at {coords}:\n" + "\n".join(errors))
 
 
-def check_checkpoint(
+def checkpoint_errors(
     checkpoint: HfCheckpoint, layout: Layout, vocab_pad_multiple: int
-) -> ModelDescription:
-    """Describe the checkpoint's model; ValueError with all that is wrong with its tensors."""
+) -> list[str]:
+    """All that is wrong with a checkpoint's tensors, and with cutting them for `layout`."""
     model = describe(checkpoint.config)
-    derived = [re.compile(pattern) for pattern in model.architecture.derived_tensors]
-    last = model.shape.num_layers
-    beyond = tuple(f"model.layers.{last + n}." for n in range(model.shape.mtp_layers))
-    found = {
-        name: shape
-        for name, shape in checkpoint.shapes.items()
-        if not any(pattern.fullmatch(name) for pattern in derived)
-        and not name.startswith(beyond)  # multi-token prediction: no part of the policy
-        and not (model.shape.tied and name == OUTPUT)  # compared with the embedding when read
-    }
+    left_out = set(unused_tensors(checkpoint, model))
+    found = {name: shape for name, shape in checkpoint.shapes.items() if name not in left_out}
+    if model.shape.tied:
+        found.pop(OUTPUT, None)  # compared with the embedding when read
     errors = check(checkpoint.config, layout, vocab_pad_multiple, found)
     if model.shape.tied and OUTPUT in checkpoint.tensors:
         sizes = [checkpoint.shapes.get(name) for name in (OUTPUT, EMBEDDING)]
@@ -110,9 +104,28 @@ def check_checkpoint(
         dtype = checkpoint.tensors[name].dtype
         if dtype not in DTYPES:
             errors.append(f"tensor {name} has type {dtype}; only {', '.join(DTYPES)} are read")
-    if errors:
+    return errors
+
+
+def unused_tensors(checkpoint: HfCheckpoint, model: ModelDescription) -> list[str]:
+    """Tensors that are no part of the policy: rotary tables, multi-token prediction layers."""
+    derived = [re.compile(pattern) for pattern in model.architecture.derived_tensors]
+    last = model.shape.num_layers
+    beyond = tuple(f"model.layers.{last + n}." for n in range(model.shape.mtp_layers))
+    return [
+        name
+        for name in checkpoint.tensors
+        if name.startswith(beyond) or any(pattern.fullmatch(name) for pattern in derived)
+    ]
+
+
+def check_checkpoint(
+    checkpoint: HfCheckpoint, layout: Layout, vocab_pad_multiple: int
+) -> ModelDescription:
+    """Describe the checkpoint's model; ValueError with all that is wrong with its tensors."""
+    if errors := checkpoint_errors(checkpoint, layout, vocab_pad_multiple):
         raise ValueError(f"{checkpoint.path} cannot be loaded:\n" + "\n".join(errors))
-    return model
+    return describe(checkpoint.config)
 
 
 def load_hf(
@@ -131,7 +144,10 @@ def load_hf(
     with HfCheckpoint(hf_dir) as checkpoint:
         model = check_checkpoint(checkpoint, layout, vocab_pad_multiple)
         if hf_config is not None:
-            _check_same(model, describe(hf_config), checkpoint.path)
+            differences = model_differences(model, describe(hf_config))
+            if differences:
+                told = "; ".join(differences)
+                raise ValueError(f"{checkpoint.path} holds another model: {told}")
         spec = detect_spec(chunks)
         views = rank_views(checkpoint.config, layout, coords, spec, vocab_pad_multiple)
         check_model(chunks, views, model.shape.num_layers, layout, coords)
@@ -141,8 +157,8 @@ def load_hf(
             copy_in(views[key], checkpoint.read, parameter)
 
 
-def _check_same(found: ModelDescription, wanted: ModelDescription, path: Path) -> None:
-    """Refuse weights of a model that computes something else than the one that was built."""
+def model_differences(found: ModelDescription, wanted: ModelDescription) -> list[str]:
+    """How a model computes something else than the one that is wanted."""
     errors = []
     if found.architecture is not wanted.architecture:
         errors.append(f"architecture {found.architecture.name}, not {wanted.architecture.name}")
@@ -152,8 +168,7 @@ def _check_same(found: ModelDescription, wanted: ModelDescription, path: Path) -
                 errors.append(f"{name} = {mine.get(name)}, not {theirs.get(name)}")
     if found.shape.vocab_size != wanted.shape.vocab_size:
         errors.append(f"vocab_size = {found.shape.vocab_size}, not {wanted.shape.vocab_size}")
-    if errors:
-        raise ValueError(f"{path} holds another model: " + "; ".join(errors))
+    return errors
 
 
 def check_tied(checkpoint: HfCheckpoint, views: Views) -> None:

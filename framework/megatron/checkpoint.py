@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from framework.checkpoints import (
@@ -41,14 +42,17 @@ from framework.config import RunConfig
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
 from framework.megatron.sharded_state import (
+    blank_weights,
     count_updates,
     load_model,
     load_optimizers,
     rng_object,
     rng_state,
     set_rng_state,
+    sharded_model,
     sharded_state,
 )
+from megatron_bridge.torch_dist import TorchDistCheckpoint
 from rollout.process import die_with_parent
 from rollout.run_dir import write_atomic
 
@@ -179,10 +183,30 @@ def load_checkpoint(checkpoint: Checkpoint, policy: Policy, mesh: Mesh) -> None:
         state.tree["rng"] = rng_object(mesh, None)
     with _Explained(checkpoint.path, "does not fit this model"):
         loaded: Any = dist_checkpointing.load(state.tree, str(checkpoint.path))
-    load_model(policy, loaded["model"])
+    load_model(policy.chunks, loaded["model"])
     load_optimizers(policy, state, loaded, manifest.num_updates)
     if same_layout:
         set_rng_state(loaded["rng"])
+
+
+def load_weights(path: str, chunks: list[GPTModel], hf_config: dict[str, Any]) -> None:
+    """Fill bare models from a checkpoint of any layout, one of a run or of drivetrain-convert.
+
+    A collective. Values are cast to the models' types.
+
+    Raises:
+        CheckpointError: its tensors are not those of this model; all that differ are listed.
+    """
+    try:
+        errors = TorchDistCheckpoint(path).errors(hf_config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if errors:
+        raise CheckpointError("\n".join([f"{path}: does not fit this model", *errors]))
+    blank_weights(chunks)  # padding may lie beyond what is stored
+    with _Explained(Path(path), "does not fit this model"):
+        loaded: Any = dist_checkpointing.load({"model": sharded_model(chunks)}, path)
+    load_model(chunks, loaded["model"])
 
 
 class _Explained:

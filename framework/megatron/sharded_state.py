@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -61,11 +62,7 @@ class ShardedState:
 def sharded_state(policy: Policy, *, is_loading: bool) -> ShardedState:
     """A collective where the distributed optimizer gathers its state."""
     metadata = _metadata()
-    model: dict[str, Any] = {}
-    for chunk in policy.chunks:
-        for entry in _chunk_entries(chunk, metadata).values():
-            assert entry.key not in model, f"two tensors of one rank are called {entry.key}"
-            model[entry.key] = entry
+    model = sharded_model(policy.chunks)
     optimizers, commons, aliases = [], [], {}
     for i, each in enumerate(_optimizers(policy)):
         whole = each.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
@@ -76,6 +73,17 @@ def sharded_state(policy: Policy, *, is_loading: bool) -> ShardedState:
         optimizers.append(tensors)
         commons.append(dict_list_map_inplace(_unwrapped, common))
     return ShardedState({"model": model, "optimizer": optimizers}, commons, aliases)
+
+
+def sharded_model(chunks: list[GPTModel]) -> dict[str, Any]:
+    """Global name -> shard of everything that is stored of this rank's models."""
+    metadata = _metadata()
+    model: dict[str, Any] = {}
+    for chunk in chunks:
+        for entry in _chunk_entries(chunk, metadata).values():
+            assert entry.key not in model, f"two tensors of one rank are called {entry.key}"
+            model[entry.key] = entry
+    return model
 
 
 def _unwrapped(value: Any) -> Any:
@@ -98,14 +106,14 @@ def _name_main_params(
     return aliases
 
 
-def load_model(policy: Policy, loaded: dict[str, torch.Tensor]) -> None:
-    """Copy tensors, by their global names, into the model.
+def load_model(chunks: list[GPTModel], loaded: dict[str, torch.Tensor]) -> None:
+    """Copy tensors, by their global names, into the models.
 
     Raises:
         ValueError: they are not this model's.
     """
     metadata = _metadata()
-    for chunk in policy.chunks:
+    for chunk in chunks:
         entries = _chunk_entries(chunk, metadata)
         state = {name: loaded[entry.key] for name, entry in entries.items()}
         result = chunk.load_state_dict(state, strict=False)

@@ -38,6 +38,7 @@ from framework.megatron.offload import Offload
 from framework.megatron.parallel import start_mesh, stop_mesh
 from framework.train import build_models, trainer_class
 from framework.weight_sync.base import PushReport
+from megatron_bridge.conversion import to_megatron
 from megatron_bridge.export import export_buckets
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.load import detect_spec
@@ -61,6 +62,7 @@ def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     write_journal(root / "rollouts")
     for model in dict.fromkeys(case.model for case in cases):
         create_model(model, root / "models" / model)
+        to_megatron(root / "models" / model, root / "megatron" / model, max_file_bytes=1 << 30)
     run_group(root, list({each.name: each for each in map(one_rank, cases)}.values()))
     for world in sorted({case.world_size for case in cases}):
         group = [case for case in cases if case.world_size == world]
@@ -255,10 +257,12 @@ class OffloadBetweenSteps:
 def train(root: Path, rank: int, case: Case) -> None:
     """One case on one rank: the trainer's own loop over the journal; rank 0 leaves the outcome."""
     hf_dir = root / "models" / case.model
+    # Those with stages start from a Megatron checkpoint, which must be the same.
+    start = str(root / "megatron" / case.model) if case.parallel.get("pp", 1) > 1 else ""
     config = RunConfig(
         mode="train_only",
         num_steps=NUM_STEPS,
-        model=ModelConfig(hf_path=str(hf_dir)),
+        model=ModelConfig(hf_path=str(hf_dir), init_from=start),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
         memory=MemoryConfig(**case.memory),
         **objective(case),

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from framework.checkpoints import list_checkpoints, read_checkpoint
+from megatron_bridge.conversion import to_hf
 from tests.e2e.journals import write_journal
 from tests.e2e.runs import drivetrain, largest_difference, metrics, weights
 
@@ -57,6 +59,7 @@ def test_a_run_goes_on_in_another_layout(journal, uninterrupted, tmp_path, befor
     run_dir = tmp_path / "parts"
     common = [*REPLAY, f"run_dir={run_dir}", f"replay_dir={journal}"]
     drivetrain(*common, *before, "num_steps=3")
+    convert_like_the_run(run_dir, "step_000003", tmp_path / "three")
     drivetrain(*common, *after, "num_steps=6", "checkpoint.resume=auto")
     whole, parts = metrics(uninterrupted), metrics(run_dir)
     assert [row["step"] for row in parts] == [1, 2, 3, 4, 5, 6]
@@ -64,9 +67,16 @@ def test_a_run_goes_on_in_another_layout(journal, uninterrupted, tmp_path, befor
         assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=TOLERANCE)
         assert row["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=TOLERANCE)
     assert largest_difference(weights(uninterrupted), weights(run_dir)) <= TOLERANCE
+    convert_like_the_run(run_dir, "step_000006", tmp_path / "six")
     kept = [read_checkpoint(path) for path in list_checkpoints(run_dir / "checkpoints")]
     assert [each.step for each in kept] == [3, 6]
     assert kept[0].manifest.layout != kept[1].manifest.layout
+
+
+def convert_like_the_run(run_dir: Path, step: str, out: Path) -> None:
+    """A checkpoint of the last step holds what the run left in hf/, bit for bit."""
+    to_hf(run_dir / "checkpoints" / step, out, run_dir / "tiny_model", max_file_bytes=1 << 30)
+    assert largest_difference(load_file(out / "model.safetensors"), weights(run_dir)) == 0
 
 
 def test_another_configuration_is_refused_by_its_key(uninterrupted, journal):

@@ -346,6 +346,17 @@ def test_layouts_of_experts_and_stages(sizes: dict, named: str) -> None:
     assert any(named in error for error in errors) == bool(named)
 
 
+def test_trainers_start_from_a_megatron_checkpoint_and_engines_do_not(tmp_path: Path) -> None:
+    start = ["warm_start.num_steps=0", f"model.init_from={tmp_path}", f"run_dir={tmp_path / 'run'}"]
+    (error,) = check_config(compose_config(start))
+    assert "no config.json" in error
+    (tmp_path / ".metadata").touch()
+    assert check_config(compose_config(start)) == []
+    (error,) = check_config(compose_config([*start, "mode=eval"]))
+    assert f"model.init_from={tmp_path}: a Megatron checkpoint" in error
+    assert "drivetrain-convert to-hf" in error
+
+
 def test_weights_that_cannot_be_verified_are_not_called_verified() -> None:
     model = ["model.hf_path=hf_configs/glm_4_5", "dry_run=true"]
     (error,) = check_config(compose_config(model))

@@ -25,6 +25,8 @@ class Case:
     """The rank that the weights are exported to."""
     save: bool = False
     """Also write a directory, and make a second writer fail."""
+    convert: bool = False
+    """Also load what `drivetrain-convert` wrote, save a checkpoint and convert that."""
 
     @property
     def name(self) -> str:
@@ -91,6 +93,14 @@ CI = {
 
 DST = {"qwen3_tied tp4": 3, "llama3 tp2 pp2": 2, "qwen3_moe tp2 etp2": 1}
 SAVE = {"qwen3_tied tp2 pp2"}
+CONVERT = {
+    "qwen3_tied tp2 pp2",
+    "llama_tied tp4",
+    "glm4_moe_air pp2 vpp2",
+    "qwen3_moe_mixed tp2 pp2 ep2",
+    "deepseek_v3 tp2 pp2 ep2",
+}
+"""For every change; at night every row is converted."""
 
 
 def _cases() -> list[Case]:
@@ -98,7 +108,17 @@ def _cases() -> list[Case]:
     for model in MODELS:
         for layout in MOE_LAYOUTS if "num_experts_per_tok" in MODELS[model][1] else DENSE_LAYOUTS:
             name = Case(model, layout).name
-            cases.append(Case(model, layout, name in CI, dst=DST.get(name, 0), save=name in SAVE))
+            ci = name in CI
+            cases.append(
+                Case(
+                    model,
+                    layout,
+                    ci,
+                    dst=DST.get(name, 0),
+                    save=name in SAVE,
+                    convert=not ci or name in CONVERT,
+                )
+            )
     return cases
 
 
@@ -108,4 +128,4 @@ CASES = [
     Case("qwen3_tied", {"tp": 2}, ci=True, wrong="gated"),
     Case("qwen3_moe", {"tp": 2, "etp": 2}, ci=True, wrong="expert_gated"),
 ]
-assert {case.name for case in CASES} >= CI | SAVE | DST.keys()
+assert {case.name for case in CASES} >= CI | SAVE | CONVERT | DST.keys()

@@ -22,7 +22,7 @@ from bridge_models import create_model
 from logits_cases import Case
 from megatron_worker import plant_wrong_rule, run_case
 
-from megatron_bridge import models
+from megatron_bridge import conversion, models
 
 CASE_TIMEOUT_S = 60.0
 
@@ -34,9 +34,10 @@ def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     where the case saves, `ranks`: what each rank saw.
     """
     torch.set_num_threads(1)  # threads do not survive the fork
-    importlib.import_module("framework.megatron.model")
+    importlib.import_module("framework.megatron.checkpoint")
     for model in dict.fromkeys(case.model for case in cases):
         torch.save(create_model(model, root / model), root / f"{model}.logits")
+        conversion.to_megatron(root / model, root / f"{model}.megatron", 1 << 30)
     for world in sorted({case.world_size for case in cases}):
         group = [case for case in cases if case.world_size == world]
         run_group(root, world, group)

@@ -137,7 +137,55 @@ def run_case(rank: int, root: Path, case: Case) -> dict[str, Any]:
         result["exported"] = len(names)
     if case.save:
         result |= save(rank, root, hf_dir, plan, chunks)
+    if case.convert:
+        result["errors"] += load_converted(rank, root, case, plan, chunks)
+        result["errors"] += convert_saved(rank, root, case, chunks, original)
     return result
+
+
+def load_converted(rank: int, root: Path, case: Case, plan: Any, chunks: list[Any]) -> list[str]:
+    """What `to-megatron` wrote must fill this rank's model as the Hugging Face directory did."""
+    from framework.megatron.checkpoint import load_weights
+    from megatron_bridge.load import parameters
+
+    held = parameters(chunks)
+    before = {key: tensor.clone() for key, tensor in held.items()}
+    for tensor in held.values():
+        tensor.fill_(float("nan"))
+    load_weights(str(root / f"{case.model}.megatron"), chunks, plan.hf_config)
+    wrong = [key for key, tensor in parameters(chunks).items() if not tensor.equal(before[key])]
+    return [f"rank {rank}: converted {name} of chunk {chunk} differs" for chunk, name in wrong]
+
+
+def convert_saved(
+    rank: int, root: Path, case: Case, chunks: list[Any], original: dict[str, torch.Tensor]
+) -> list[str]:
+    """`to-hf` of what these ranks save together must be the file that they were loaded from."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from safetensors.torch import load_file
+
+    from framework.megatron.checkpoint import _WriterReport
+    from framework.megatron.sharded_state import sharded_model
+    from megatron_bridge.conversion import to_hf
+
+    saved = root / f"{case.name}.saved"
+    if rank == 0:
+        saved.mkdir()
+    dist.barrier()
+    filesystem_async._results_queue = _WriterReport()  # as CheckpointWriter does
+    dist_checkpointing.save({"model": sharded_model(chunks)}, str(saved), async_strategy="mcore")
+    if rank:
+        return []
+    out = root / f"{case.name}.hf"
+    to_hf(saved, out, root / case.model, 1 << 30)
+    found = load_file(out / "model.safetensors")
+    wrong = [
+        name
+        for name in found.keys() | original.keys()
+        if name not in found or name not in original or not found[name].equal(original[name])
+    ]
+    return [f"{name} of what was saved differs" for name in wrong]
 
 
 def save(rank: int, root: Path, hf_dir: Path, plan: Any, chunks: list[Any]) -> dict[str, Any]:

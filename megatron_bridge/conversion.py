@@ -1,0 +1,133 @@
+"""Whole directories from one form to the other: each appears complete, under its name, or not."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from megatron_bridge.hf_checkpoint import HfCheckpoint, read_config
+from megatron_bridge.hf_writer import HfWriter, check_free, give_name, partial_dir
+from megatron_bridge.layout import Layout
+from megatron_bridge.load import check_checkpoint, check_tied, unused_tensors
+from megatron_bridge.mapping import model_shapes, rank_views
+from megatron_bridge.models.architecture import OUTPUT, Spec
+from megatron_bridge.torch_dist import HfTensors, TorchDistCheckpoint
+from megatron_bridge.torch_dist_writer import TorchDistWriter
+
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all)"""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Converted:
+    """What a conversion did."""
+
+    num_tensors: int
+    size_bytes: int
+    kept_files: int = 0
+    """Files that an earlier conversion, which was killed, had completed."""
+
+
+def to_megatron(
+    hf_dir: Path, out_dir: Path, max_file_bytes: int, progress: Progress = lambda done, total: None
+) -> Converted:
+    """The weights of `hf_dir` as a torch_dist checkpoint, with its config.json; nothing else.
+
+    Raises:
+        ValueError: `hf_dir` is no model that is known here, or `out_dir` holds something.
+    """
+    out, whole = out_dir.absolute(), Layout()
+    check_free(out)
+    with HfCheckpoint(hf_dir) as checkpoint:
+        model = check_checkpoint(checkpoint, whole, 1)
+        if model.shape.tied and OUTPUT in checkpoint.tensors:
+            views = rank_views(checkpoint.config, whole, whole.coords(0), Spec.TE, 1)
+            check_tied(checkpoint, views)
+        if unused := unused_tensors(checkpoint, model):
+            print(f"drivetrain-convert: left out: {', '.join(unused)}", file=sys.stderr)
+        names = model_shapes(model)
+        total = sum(map(checkpoint.size_bytes, names))
+        done = 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            progress(done, total)
+
+        writer = TorchDistWriter(checkpoint, advance)
+        with _alone(partial_dir(out)) as partial:
+            for file in partial.iterdir():
+                file.unlink()
+            try:
+                writer.write(partial, max_file_bytes)
+                shutil.copyfile(checkpoint.path / "config.json", partial / "config.json")
+                give_name(partial, out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)  # none is left of a good one
+    return Converted(num_tensors=len(names), size_bytes=total)
+
+
+def to_hf(
+    ckpt_dir: Path,
+    out_dir: Path,
+    like: Path,
+    max_file_bytes: int,
+    progress: Progress = lambda done, total: None,
+) -> Converted:
+    """A Hugging Face directory from a checkpoint saved in any layout; one tensor in memory.
+
+    A conversion that was killed goes on after the last file that it completed.
+
+    Raises:
+        ValueError: the checkpoint is damaged or not one of the model of `like`, or `out_dir` holds
+            something.
+    """
+    config = read_config(like)
+    checkpoint = TorchDistCheckpoint(ckpt_dir)
+    tensors = HfTensors(checkpoint, config)
+    entries = list(tensors.entries())
+    sizes = {name: dtype.itemsize * prod(shape) for name, dtype, shape in entries}
+    total = sum(sizes.values())
+    check_free(out_dir.absolute())
+    source = hashlib.sha256(f"{checkpoint.fingerprint} {json.dumps(config)}".encode()).hexdigest()
+    with _alone(partial_dir(out_dir.absolute())):
+        writer = HfWriter(out_dir, entries, like, max_file_bytes, resume=source)
+        done = total - sum(sizes[name] for name in writer.names)
+        try:
+            for name in writer.names:
+                writer.add(name, tensors.read(name))  # not bound to a name: one tensor at a time
+                done += sizes[name]
+                progress(done, total)
+        except ValueError:  # of the checkpoint: it will be no better the next time
+            writer.abort()
+            raise
+        writer.finish()
+    return Converted(num_tensors=len(entries), size_bytes=total, kept_files=writer.kept_files)
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[Path]:
+    """Make the unfinished directory if it is not there; hold it against other converters."""
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{partial} is being written by another process") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"{partial}: no locks here ({error}); start nothing twice", file=sys.stderr)
+        yield partial
+    finally:
+        os.close(handle)
