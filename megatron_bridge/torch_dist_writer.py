@@ -46,6 +46,7 @@ class TorchDistWriter(DefaultSavePlanner):
         self._checkpoint, self._advance = checkpoint, advance
         self._views = stored_views(checkpoint.config)
         self._dtypes = stored_dtypes(checkpoint, self._views)
+        self._written = torch.empty(0)
 
     def write(self, directory: Path, max_file_bytes: int) -> None:
         """Write everything into `directory`, an empty one.
@@ -97,11 +98,13 @@ class TorchDistWriter(DefaultSavePlanner):
             common = io.BytesIO()
             torch.save([{"content_metadata": {"format": "drivetrain"}}], common)
             return common
+        self._written.untyped_storage().resize_(0)  # torch's writer keeps every tensor of a file
         name, start = write_item.index.fqn, data.chunk.offsets[0]
         view = window(self._views[name], 0, start, start + data.chunk.sizes[0])
         part = torch.empty(view.shape, dtype=self._dtypes[name])
         copy_in(view, self._checkpoint.read, part)
         self._advance(part.nbytes)
+        self._written = part
         return part
 
 
