@@ -5,27 +5,24 @@ would be right. Type and spelling errors never come this far: `framework.compose
 Nothing heavy is imported: model and package facts are read from files.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 from framework.algorithm_checks import algorithm_errors
-from framework.checkpoints import TORCH_DIST
 from framework.cluster_checks import cluster_errors, colocation_errors
 from framework.config import RunConfig
 from framework.field_rules import field_errors
 from framework.launch.devices import visible_gpus
-from framework.launch.resume import resume_errors
 from framework.layout_checks import layout_errors
 from framework.memory_checks import memory_errors
-from framework.model_shape import ModelShape, read_hf_config, read_model_shape
+from framework.model_shape import ModelShape, read_model_shape
 from framework.passthrough import passthrough_errors
+from framework.path_checks import own_weight_errors, path_errors
 from framework.preference_checks import preference_data_errors, preference_errors
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters, num_kept
 from rollout.rewards import NEED_ANSWER, find_reward
-from rollout.run_dir import RunDir
 
 DIVISORS = {
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
@@ -60,12 +57,12 @@ def check_config(config: RunConfig) -> list[str]:
         # Layers of a stage can be counted only where the stages are right.
         errors += [] if wrong_layout else memory_errors(config, shape)
         errors += _lengths(config, shape)
-    errors += _paths(config)
+    errors += path_errors(config)
     errors += cluster_errors(config)
     errors += colocation_errors(config)
     errors += passthrough_errors(config)
     # Last, and only where all else is right: it imports the environment's package.
-    return errors or [*_own_weights(config), *_task(config)]
+    return errors or [*own_weight_errors(config), *_task(config)]
 
 
 def _mode_and_stage(config: RunConfig) -> Iterator[str]:
@@ -287,50 +284,3 @@ def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             f"rollout.sampling.max_new_tokens={new}: the model has {shape.max_positions} positions "
             "for prompt and response"
         )
-
-
-def _start(config: RunConfig, key: str, path: str) -> Iterator[str]:
-    """Weights to start from: a Hugging Face directory or, for trainers, a Megatron checkpoint."""
-    if not path or not (Path(path).expanduser() / TORCH_DIST).is_file():
-        yield from _weights(key, path)
-    elif config.mode in ("rollout_only", "eval"):
-        yield (
-            f"{key}={path}: a Megatron checkpoint, and the engines of mode={config.mode} read "
-            "Hugging Face directories only; make one by drivetrain-convert to-hf"
-        )
-
-
-def _weights(key: str, path: str) -> Iterator[str]:
-    if not path:
-        return
-    try:
-        read_hf_config(key, path)
-    except ValueError as error:
-        yield str(error)
-    else:
-        if not any(Path(path).expanduser().glob("*.safetensors")):
-            yield f"{key}={path}: no *.safetensors in it"
-
-
-def _own_weights(config: RunConfig) -> Iterator[str]:
-    if not config.model.init_from and not config.dry_run:
-        yield from _weights("model.hf_path", config.model.hf_path)
-
-
-def _paths(config: RunConfig) -> Iterator[str]:
-    yield from _start(config, "model.init_from", config.model.init_from)
-    yield from _start(config, "algorithm.reference", config.algorithm.reference)
-    path = Path(config.run_dir)
-    yield from resume_errors(config)
-    fresh = config.checkpoint.resume != "auto" and not config.dry_run  # which writes nothing
-    if fresh and (path / "config.yaml").exists():
-        saved = any(RunDir(path).checkpoints.glob("step_*"))
-        yield (
-            f"run_dir={config.run_dir}: already holds a run; choose another run_dir= or name=, "
-            f"or remove it{', or go on with it by checkpoint.resume=auto' if saved else ''}"
-        )
-    elif path.exists() and not path.is_dir():
-        yield f"run_dir={config.run_dir}: exists and is not a directory"
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield f"run_dir={config.run_dir}: {existing} is not a directory that can be written"
