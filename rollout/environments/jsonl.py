@@ -8,6 +8,7 @@ is the demonstration. Other keys of a line are ignored.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from rollout.environments.base import Environment, EnvironmentStep, Message
 from rollout.seeds import held_out
+from rollout.tools import find_tools
 
 _ROLES = ("system", "user", "assistant", "tool")
 _FINAL = "####"
@@ -47,9 +49,18 @@ class JsonlEnvironment(Environment):
         system: str = "",
         question_key: str = "question",
         answer_key: str = "answer",
+        tools: Sequence[str] = (),
+        max_calls: int = 4,
     ) -> None:
         """seed: which line, those of eval_path behind those of path. system: a message before every
-        question. question_key, answer_key: what the file calls them."""
+        question. question_key, answer_key: what the file calls them. tools: functions of yours that
+        the policy may call (package.module.function), in at most max_calls of its replies."""
+        if max_calls < 1:
+            raise ValueError(f"data.args.max_calls={max_calls}: must be at least 1")
+        self._tools = find_tools(tuple(tools)) if tools else None
+        self._calls_left = max_calls
+        if self._tools:
+            system = f"{system}\n\n{self._tools.prompt()}".strip()
         rows = _rows(path, eval_path, question_key, answer_key)
         row = rows[seed % len(rows)]
         first: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -80,7 +91,12 @@ class JsonlEnvironment(Environment):
         return self._messages
 
     async def step(self, reply: str) -> EnvironmentStep:
-        """One turn decides."""
+        """A call of tools, or the answer."""
+        results = await self._tools.answer(reply) if self._tools and self._calls_left else []
+        if results:
+            self._calls_left -= 1
+            messages: list[Message] = [{"role": "tool", "content": text} for text in results]
+            return EnvironmentStep(messages=messages, done=False)
         return EnvironmentStep(reward=float(reply.strip() == self.answer))
 
     def identity(self) -> str:
