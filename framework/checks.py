@@ -7,11 +7,11 @@ Nothing heavy is imported: model and package facts are read from files.
 
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 from framework.algorithm_checks import algorithm_errors
 from framework.cluster_checks import cluster_errors, colocation_errors
 from framework.config import RunConfig
+from framework.data_checks import task_errors
 from framework.field_rules import field_errors
 from framework.launch.devices import visible_gpus
 from framework.layout_checks import layout_errors
@@ -19,10 +19,8 @@ from framework.memory_checks import memory_errors
 from framework.model_shape import ModelShape, read_model_shape
 from framework.passthrough import passthrough_errors
 from framework.path_checks import own_weight_errors, path_errors
-from framework.preference_checks import preference_data_errors, preference_errors
-from rollout.data import PromptStream
-from rollout.filters import GroupFilters, num_kept
-from rollout.rewards import NEED_ANSWER, find_reward
+from framework.preference_checks import preference_errors
+from rollout.filters import num_kept
 
 DIVISORS = {
     *(f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")),
@@ -62,7 +60,7 @@ def check_config(config: RunConfig) -> list[str]:
     errors += colocation_errors(config)
     errors += passthrough_errors(config)
     # Last, and only where all else is right: it imports the environment's package.
-    return errors or [*own_weight_errors(config), *_task(config)]
+    return errors or [*own_weight_errors(config), *task_errors(config)]
 
 
 def _mode_and_stage(config: RunConfig) -> Iterator[str]:
@@ -233,37 +231,6 @@ def _batch(config: RunConfig) -> Iterator[str]:
             "rollout.filters=dynamic_sampling: drops every group of one sample, "
             "rollout.samples_per_prompt=1; at least 2 are wanted"
         )
-
-
-def _task(config: RunConfig) -> Iterator[str]:
-    """Make the first prompt: the environment itself knows its arguments best."""
-    supervised = config.stage == "sft" or config.warm_start.num_steps > 0
-    if config.data.path:
-        yield from preference_data_errors(config)
-        return
-    try:
-        stream = PromptStream(config.data, config.seed, "sft" if supervised else "train")
-        (environment,) = stream.environments(0, 1)
-        if supervised:
-            environment.demonstration()
-        if config.data.reward in NEED_ANSWER and "answer" not in environment.describe():
-            yield (
-                f"data.reward={config.data.reward}: compares with an answer, but "
-                f"data.task={config.data.task} describes none; use data.reward=environment"
-            )
-        if config.stage == "preference":
-            environment.mistake(Random(config.seed))
-    except (ValueError, ImportError) as error:
-        said = str(error)
-        yield said if said.startswith("data.") else f"data.task={config.data.task}: {said}"
-    try:
-        find_reward(config.data.reward)
-    except ValueError as error:
-        yield f"data.reward={config.data.reward}: {error}"
-    try:
-        GroupFilters(config.rollout.filters)
-    except ValueError as error:
-        yield str(error)
 
 
 def _lengths(config: RunConfig, shape: ModelShape) -> Iterator[str]:

@@ -1,0 +1,42 @@
+"""What is refused of the task, its reward and its filters. Imports the user's own code."""
+
+from collections.abc import Iterator
+from random import Random
+
+from framework.config import RunConfig
+from framework.preference_checks import preference_data_errors
+from rollout.data import PromptStream
+from rollout.filters import GroupFilters
+from rollout.rewards import NEED_ANSWER, find_reward
+
+
+def task_errors(config: RunConfig) -> Iterator[str]:
+    """One line for each that is wrong. The first prompt is made: the environment itself knows its
+    arguments best."""
+    supervised = config.stage == "sft" or config.warm_start.num_steps > 0
+    if config.data.path:
+        yield from preference_data_errors(config)
+        return
+    try:
+        stream = PromptStream(config.data, config.seed, "sft" if supervised else "train")
+        (environment,) = stream.environments(0, 1)
+        if supervised:
+            environment.demonstration()
+        if config.data.reward in NEED_ANSWER and "answer" not in environment.describe():
+            yield (
+                f"data.reward={config.data.reward}: compares with an answer, but "
+                f"data.task={config.data.task} describes none; use data.reward=environment"
+            )
+        if config.stage == "preference":
+            environment.mistake(Random(config.seed))
+    except (ValueError, ImportError) as error:
+        said = str(error)
+        yield said if said.startswith("data.") else f"data.task={config.data.task}: {said}"
+    try:
+        find_reward(config.data.reward)
+    except ValueError as error:
+        yield f"data.reward={config.data.reward}: {error}"
+    try:
+        GroupFilters(config.rollout.filters)
+    except ValueError as error:
+        yield str(error)
