@@ -10,7 +10,7 @@ from typing import Any
 
 from framework.config import RunConfig
 from framework.config_fields import nearest
-from framework.preference_checks import needs_reference, preference_losses
+from framework.preference_checks import COMPARING, needs_reference
 from framework.source_facts import row_knobs, table_keys
 
 ROWS = {
@@ -18,6 +18,12 @@ ROWS = {
     "advantage": ("advantages", "ADVANTAGES", "advantages"),
     "loss": ("losses", "LOSSES", "loss"),
     "correction": ("corrections", "CORRECTIONS", "weights"),
+}
+LOSS_TABLES = {
+    # stage: where its losses are
+    "rl": ROWS["loss"],
+    "preference": ("preference", "PREFERENCE_LOSSES", "loss"),
+    "reward_model": ("reward", "REWARD_LOSSES", "loss"),
 }
 GROUP_BASELINES = ("group_normalized", "group_centered", "group_mean_batch_std", "leave_one_out")
 
@@ -54,26 +60,28 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
 
 def _tables(config: RunConfig) -> dict[str, tuple[str, str, str]]:
     """The rows that this stage chooses from."""
-    if config.stage == "preference":
-        return {"loss": ("preference", "PREFERENCE_LOSSES", "loss")}
+    if config.stage in COMPARING:
+        return {"loss": LOSS_TABLES[config.stage]}
     return ROWS
 
 
 def _other_stage(config: RunConfig, kind: str, name: str) -> str:
+    """What is wrong with a loss that another stage has; empty: something else."""
     if kind != "loss":
         return ""
-    if config.stage == "preference":
-        known = name in table_keys("framework", "algorithm/losses/__init__.py", "LOSSES")
-        return (
-            "is for stage=rl; choose algorithm=dpo or another for stage=preference" if known else ""
-        )
-    return "is for stage=preference; set that" if name in preference_losses() else ""
+    for stage, (folder, table, _) in LOSS_TABLES.items():
+        if name in table_keys("framework", f"algorithm/{folder}/__init__.py", table):
+            return f"is for stage={stage}; " + {
+                "preference": "choose algorithm=dpo or another preference loss",
+                "reward_model": "choose algorithm=bradley_terry",
+            }.get(config.stage, "set that")
+    return ""
 
 
 def _reference(config: RunConfig) -> Iterator[str]:
     algorithm, resume = config.algorithm, config.checkpoint.resume
     wanted = needs_reference(config)
-    if config.stage == "preference":
+    if config.stage in COMPARING:
         why = f"algorithm.loss={algorithm.loss}"
         unused = f"{why} has no reference policy"
     else:

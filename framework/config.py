@@ -219,7 +219,7 @@ class RunConfig:
     mode: str = "train"
     """train | rollout_only | train_only | eval"""
     stage: str = "rl"
-    """rl | sft | preference"""
+    """rl | sft | preference | reward_model"""
     seed: int = 0
     num_steps: int = 200
     replay_dir: str = ""

@@ -18,7 +18,7 @@ class WarmStartConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PreferenceConfig:
-    """Batches of stage=preference."""
+    """Batches of stage=preference and stage=reward_model."""
 
     batch_size: int = 64
     """Pairs in one step (labelled answers, for losses that take those)."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from random import Random
 
 from framework.config import RunConfig
-from framework.preference_checks import preference_data_errors
+from framework.preference_checks import COMPARING, preference_data_errors
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters
 from rollout.rewards import NEED_ANSWER, find_reward
@@ -27,7 +27,7 @@ def task_errors(config: RunConfig) -> Iterator[str]:
                 f"data.reward={config.data.reward}: compares with an answer, but "
                 f"data.task={config.data.task} describes none; use data.reward=environment"
             )
-        if config.stage == "preference":
+        if config.stage in COMPARING:
             environment.mistake(Random(config.seed))
     except (ValueError, ImportError) as error:
         said = str(error)

@@ -10,7 +10,7 @@ from framework.source_facts import table_keys
 
 CHOICES = {
     "mode": ("train", "rollout_only", "train_only", "eval"),
-    "stage": ("rl", "sft", "preference"),
+    "stage": ("rl", "sft", "preference", "reward_model"),
     "model.dtype": ("float32", "bfloat16"),
     "model.fp8": ("none", "hybrid", "e4m3"),
     "model.fp8_recipe": ("tensorwise", "delayed", "blockwise", "mxfp8"),

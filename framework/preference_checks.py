@@ -1,4 +1,4 @@
-"""Checks of stage=preference: its loss, its batches, its data."""
+"""Checks of the stages that compare answers: their losses, batches and data."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,12 @@ from framework.config import RunConfig
 from framework.source_facts import row_flags, table_keys
 from rollout.preferences import open_files
 
+COMPARING = ("preference", "reward_model")
+"""Stages that compare answers."""
 TABLE = ("framework", "algorithm/preference/__init__.py", "PREFERENCE_LOSSES")
 OTHERS_TERMS = (
     # fields that mean nothing to a preference loss, each with the value that says so
-    ("kl_coef", 0.0, "its losses hold the reference themselves"),
+    ("kl_coef", 0.0, "a reference is its loss's own matter"),
     ("reference_refresh_steps", 0, "its reference stays what it was"),
     ("entropy_coef", 0.0, "its losses have no entropy term"),
     ("correction", "none", "no engine samples here"),
@@ -22,6 +24,11 @@ def preference_losses() -> tuple[str, ...]:
     return table_keys(*TABLE)
 
 
+def reward_losses() -> tuple[str, ...]:
+    """Rows of REWARD_LOSSES."""
+    return table_keys("framework", "algorithm/reward/__init__.py", "REWARD_LOSSES")
+
+
 def needs_reference(config: RunConfig) -> bool:
     """Whether a run holds a reference policy; of stage=preference that is its loss's to say."""
     if config.stage != "preference":
@@ -30,21 +37,22 @@ def needs_reference(config: RunConfig) -> bool:
 
 
 def is_paired(config: RunConfig) -> bool:
-    """Whether it compares two answers."""
-    return bool(row_flags(*TABLE).get(config.algorithm.loss, {}).get("paired", True))
+    """Whether a run of such a stage compares two answers."""
+    flags = row_flags(*TABLE).get(config.algorithm.loss, {})
+    return config.stage != "preference" or bool(flags.get("paired", True))
 
 
 def preference_errors(config: RunConfig) -> Iterator[str]:
-    """One line for everything that stage=preference cannot do."""
-    if config.stage != "preference":
+    """One line for everything that these stages cannot do."""
+    if config.stage not in COMPARING:
         for name in ("path", "eval_path"):
             if value := getattr(config.data, name):
-                yield f"data.{name}={value}: only stage=preference reads it; stage={config.stage}"
+                yield f"data.{name}={value}: only stages {' and '.join(COMPARING)} read it"
         return
     algorithm, size = config.algorithm, config.preference.batch_size
     for name, neutral, why in OTHERS_TERMS:
         if (value := getattr(algorithm, name)) != neutral:
-            yield f"algorithm.{name}={value}: stage=preference: {why}; must be {neutral}"
+            yield f"algorithm.{name}={value}: stage={config.stage}: {why}; must be {neutral}"
     if size < config.parallel.dp:
         yield f"preference.batch_size={size}: fewer than parallel.dp={config.parallel.dp}"
     if not is_paired(config) and size < 2:

@@ -76,7 +76,8 @@ def describe_figures(totals: dict[str, float]) -> dict[str, float]:
     means = {"loss": totals["loss"] / units, "accuracy": totals["correct"] / units}
     for name in ("chosen", "rejected"):
         for what in ("reward", "logprobs"):
-            means[f"{name}_{what}"] = totals[f"{name}_{what}"] / max(1.0, totals[name])
+            if f"{name}_{what}" in totals:
+                means[f"{name}_{what}"] = totals[f"{name}_{what}"] / max(1.0, totals[name])
     means["reward_margin"] = means["chosen_reward"] - means["rejected_reward"]
     return means
 

@@ -28,6 +28,8 @@ class Packed:
     """By index into the batch."""
     num_units: int
     """Pairs, or labelled answers, of the global batch."""
+    margins: dict[int, float]
+    """Of this rank's samples: by how much a chosen answer is better, where the data say so."""
     kl: float = 0.0
     """Where answers are labelled one by one: policy against reference, before this update."""
 
@@ -42,6 +44,7 @@ class PreferenceTrainer(Trainer):
 
     def __post_init__(self) -> None:
         self.preference = build_preference_objective(self.config)
+        self.paired, self.needs_reference = self.preference.paired, self.preference.reference
         self.prepare(temperature=1.0)
         self._held_out: Packed | None = None
 
@@ -52,7 +55,7 @@ class PreferenceTrainer(Trainer):
         reports, grad_norm = self.runner.optimize(packed.answers, self.evaluation(packed), lr)
         totals = sum_figures(reports, self.mesh)
         figures = {f"train/{name}": value for name, value in describe_figures(totals).items()}
-        if not self.preference.paired:
+        if not self.paired:
             figures["train/kl_estimate"] = packed.kl
         return {
             **figures,
@@ -66,7 +69,7 @@ class PreferenceTrainer(Trainer):
         """Measure on held-out pairs where it is due: no engine is needed; a collective."""
         if not due:
             return
-        if self._held_out is None or not self.preference.paired:  # the policy's KL moves
+        if self._held_out is None or not self.paired:  # the policy's KL moves
             self._held_out = self.load(self.source.take(HELD_OUT))
         reports = self.runner.measure(self._held_out.answers, self.evaluation(self._held_out))
         means = describe_figures(sum_figures(reports, self.mesh))
@@ -79,7 +82,7 @@ class PreferenceTrainer(Trainer):
         samples = self.fetch(batch, [*answers, *unrelated], shortened=lost)
         batch = recount(batch, lost, samples)
         packed = [self.pack_answers(plan, samples) for plan in (*answers, *unrelated)]
-        if self.preference.reference:
+        if self.needs_reference:
             if unrelated:
                 self.runner.logprobs(packed[1])
             assert self.reference is not None
@@ -90,12 +93,13 @@ class PreferenceTrainer(Trainer):
             answers=packed[0],
             desirable=self.labels(batch),
             num_units=len(batch.samples) // 2,
+            margins={i: sample.rewards.get("margin", 0.0) for i, sample in samples.items()},
             kl=self.kl_estimate(packed[1]) if unrelated else 0.0,
         )
 
     def labels(self, batch: StepBatch) -> list[bool]:
         """What is called good: the first of a pair; or what has a reward of at least 1."""
-        if self.preference.paired:
+        if self.paired:
             return [i % 2 == 0 for i in range(len(batch.samples))]
         return [info.reward >= 1 for info in batch.samples]
 
@@ -103,7 +107,7 @@ class PreferenceTrainer(Trainer):
         """batch.overlong=truncate: each sample of a pair may have half of the budget."""
         if self.config.batch.overlong == "refuse":
             return batch, {}
-        budget = self.config.batch.max_tokens_per_microbatch // (1 + self.preference.paired)
+        budget = self.config.batch.max_tokens_per_microbatch // (1 + self.paired)
         return shorten_batch(batch, budget // self.length_multiple * self.length_multiple)
 
     def plan_answers(self, batch: StepBatch) -> tuple[list[UpdatePlan], list[UpdatePlan]]:
@@ -118,7 +122,7 @@ class PreferenceTrainer(Trainer):
             "pipelined": layout.pp > 1,
             "cost": self.flops,
         }
-        if self.preference.paired:
+        if self.paired:
             return [plan_pairs(lengths, **shape)], []
         plans = []
         for first in (0, 1):

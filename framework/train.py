@@ -114,11 +114,14 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
     from framework.megatron.model import build_policy, read_hf_config
     from framework.megatron.reference import Reference
     from framework.megatron.sharded_state import blank_weights
-    from megatron_bridge.load import load_hf
+    from megatron_bridge.load import load_hf, load_hf_body
+    from megatron_bridge.models.score_head import has_score_head, score_config
     from megatron_bridge.torch_dist import is_torch_dist
 
     model, algorithm = config.model, config.algorithm
     hf_config = read_hf_config(model.hf_path)
+    if config.stage == "reward_model":
+        hf_config = score_config(hf_config)
     first = model.init_from or model.hf_path
     references: list[Reference] = []
 
@@ -129,7 +132,8 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
             if is_torch_dist(path):
                 load_weights(path, chunks, hf_config)
                 return
-            load_hf(chunks, path, mesh.layout, mesh.coords, model.vocab_pad_multiple, hf_config)
+            load_from = load_hf_body if has_score_head(hf_config) else load_hf
+            load_from(chunks, path, mesh.layout, mesh.coords, model.vocab_pad_multiple, hf_config)
 
         if needs_reference(config):
             load(algorithm.reference or first)
@@ -164,9 +168,11 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
 def trainer_class(config: RunConfig) -> Any:
     """What runs the loop of this stage."""
     from framework.preference_trainer import PreferenceTrainer
+    from framework.reward_trainer import RewardTrainer
     from framework.trainer import Trainer
 
-    return PreferenceTrainer if config.stage == "preference" else Trainer
+    stages = {"preference": PreferenceTrainer, "reward_model": RewardTrainer}
+    return stages.get(config.stage, Trainer)
 
 
 def resume_point(config: RunConfig, run_dir: RunDir, rank: int) -> Checkpoint | None:
@@ -211,7 +217,7 @@ def batch_source(config: RunConfig, run_dir: RunDir):
     """Where this run's batches come from."""
     from rollout.source import BufferClient, JournalSource
 
-    if config.stage in ("sft", "preference"):
+    if config.stage != "rl":
         from transformers import AutoTokenizer
 
         from framework.demonstrations import demonstration_source, preference_source

@@ -47,10 +47,12 @@ class HfWriter:
         like: str | Path,
         max_file_bytes: int = 4 << 30,
         resume: str = "",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
+        """config: written as config.json in place of that of `like`."""
         self.path = Path(out_dir).absolute()
         check_free(self.path)
-        config = read_config(like)
+        config = read_config(like) if config is None else config
         self._partial = partial_dir(self.path)
         files = _name_files(_split(entries, max_file_bytes))
         kept = _keep_complete(self._partial, files, resume)

@@ -16,6 +16,7 @@ from megatron_bridge.layout import Coords, Layout
 from megatron_bridge.mapping import Views, check, rank_views
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import EMBEDDING, OUTPUT, ModelDescription, Spec
+from megatron_bridge.models.score_head import SCORE, has_score_head, score_config
 from megatron_bridge.views import copy_in
 
 TE_MARKS = (
@@ -144,10 +145,7 @@ def load_hf(
     with HfCheckpoint(hf_dir) as checkpoint:
         model = check_checkpoint(checkpoint, layout, vocab_pad_multiple)
         if hf_config is not None:
-            differences = model_differences(model, describe(hf_config))
-            if differences:
-                told = "; ".join(differences)
-                raise ValueError(f"{checkpoint.path} holds another model: {told}")
+            _refuse(model_differences(model, describe(hf_config)), checkpoint)
         spec = detect_spec(chunks)
         views = rank_views(checkpoint.config, layout, coords, spec, vocab_pad_multiple)
         check_model(chunks, views, model.shape.num_layers, layout, coords)
@@ -155,6 +153,39 @@ def load_hf(
             check_tied(checkpoint, views)
         for key, parameter in parameters(chunks).items():
             copy_in(views[key], checkpoint.read, parameter)
+
+
+def load_hf_body(
+    chunks: Sequence[nn.Module],
+    hf_dir: str | Path,
+    layout: Layout,
+    coords: Coords,
+    vocab_pad_multiple: int,
+    hf_config: Mapping[str, Any],
+) -> None:
+    """`load_hf` for a model with a scalar head (`hf_config`), from a directory with or without one.
+
+    Without one the head begins at zero, and every score with it.
+    """
+    with HfCheckpoint(hf_dir) as checkpoint:
+        found = check_checkpoint(checkpoint, layout, vocab_pad_multiple)
+        if has_score_head(checkpoint.config):
+            load_hf(chunks, hf_dir, layout, coords, vocab_pad_multiple, hf_config)
+            return
+        model = describe(hf_config)
+        _refuse(model_differences(describe(score_config(checkpoint.config)), model), checkpoint)
+        views = rank_views(hf_config, layout, coords, detect_spec(chunks), vocab_pad_multiple)
+        check_model(chunks, views, found.shape.num_layers, layout, coords)
+        for key, parameter in parameters(chunks).items():
+            if any(box.name == SCORE for box in views[key].boxes):
+                parameter.zero_()
+            else:
+                copy_in(views[key], checkpoint.read, parameter)
+
+
+def _refuse(differences: list[str], checkpoint: HfCheckpoint) -> None:
+    if differences:
+        raise ValueError(f"{checkpoint.path} holds another model: {'; '.join(differences)}")
 
 
 def model_differences(found: ModelDescription, wanted: ModelDescription) -> list[str]:

@@ -25,7 +25,8 @@ def save_hf(
     buffers: ExportBuffers | None = None,
     max_file_bytes: int = 4 << 30,
 ) -> None:
-    """A collective: rank `dst` writes `out_dir` with the small files of `like`.
+    """A collective: rank `dst` writes `out_dir` with the plan's config.json and the other small
+    files of `like`.
 
     `out_dir` appears complete or not at all, and must not exist before. All ranks return when it is
     there. When the writer fails it raises its own error and every other rank a RuntimeError; none
@@ -35,7 +36,7 @@ def save_hf(
     writer: HfWriter | None = None
     try:
         if rank == dst:
-            writer = HfWriter(out_dir, plan.entries, like, max_file_bytes)
+            writer = HfWriter(out_dir, plan.entries, like, max_file_bytes, plan.hf_config)
     finally:
         _agree(writer is not None, plan, rank, dst, group, device, f"cannot write {out_dir}")
     written = False

@@ -100,7 +100,8 @@ class DataConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of that environment's constructor."""
     path: str = ""
-    """stage=preference: a JSONL file of pairs (or labelled answers); empty: made from the task."""
+    """Stages preference and reward_model: a JSONL file of pairs (or of labelled answers); empty:
+    pairs are made from the task."""
     eval_path: str = ""
     """A file like it to evaluate on; empty: an eighth of data.path, chosen by a hash of the prompt,
     is never trained on."""

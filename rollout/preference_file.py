@@ -4,6 +4,7 @@
     {"messages": [{"role": "user", "content": "3142="}], "chosen": "1234", "rejected": "1243"}
     {"prompt": "3142=", "completion": "1234", "label": true}
 
+A pair may have a "margin", a number of at least 0, for reward models.
 An answer is a text, or a list of messages from the assistant's first to its last. Further keys are
 left alone.
 """
@@ -33,6 +34,8 @@ class Record:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    margin: float = 0.0
+    """Pairs: by how much the chosen answer is better."""
     label: bool = True
     """Labelled answers: whether it is good."""
 
@@ -114,7 +117,12 @@ class PreferenceFile:
                 f"{where}: chosen and rejected are both {_shown(values['chosen'])}; two different "
                 "answers are wanted"
             )
-        return Record(where=where, prompt=prompt, chosen=chosen, rejected=rejected)
+        margin = values.get("margin", 0.0)
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not margin >= 0:
+            raise ValueError(f"{where}: margin is {_shown(margin)}; a number of at least 0")
+        return Record(
+            where=where, prompt=prompt, chosen=chosen, rejected=rejected, margin=float(margin)
+        )
 
 
 def _numbered(file: Any) -> Iterator[tuple[int, int, bytes]]:

@@ -169,6 +169,7 @@ class FilePreferences:
                     index=index,
                     reward=float(record.label and index == 0),
                     where=record.where,
+                    margin=record.margin,
                 )
                 for index, answer in enumerate((record.chosen, record.rejected)[: 1 + self._paired])
             ]
@@ -194,6 +195,7 @@ def answer_sample(
     index: int,
     reward: float,
     where: str,
+    margin: float = 0.0,
 ) -> Sample:
     """A conversation as tokens: what the assistant says in `answer` is the policy's."""
     transcript = Transcript(chat.prompt(prompt))
@@ -207,9 +209,10 @@ def answer_sample(
             pending = []
         tokens = [*chat.tokens(message["content"]), chat.end_id]
         transcript.add_reply(tokens, logprobs=[0.0] * len(tokens), versions=[0] * len(tokens))
-    return transcript.sample(
+    sample = transcript.sample(
         group_id=group_id, index=index, reward=reward, metadata={"source": where}
     )
+    return replace(sample, rewards={"margin": margin} if margin else {})
 
 
 def with_unrelated(answers: list[Sample]) -> list[Sample]:

@@ -15,6 +15,9 @@ from framework.megatron.packing import zigzag_positions
 from framework.megatron.parallel import Mesh
 from rollout.types import Sample
 
+COLUMNS = ("tokens", "labels")
+"""Whole numbers; the other columns are float32."""
+
 
 @dataclass(kw_only=True)
 class Microbatch:
@@ -40,6 +43,8 @@ class Microbatch:
     """[T] float32."""
     rollout_logprobs: torch.Tensor
     """[T] float32."""
+    is_last: torch.Tensor
+    """[T] float32: 1 at the last token of a sequence."""
     packed_seq_params: PackedSeqParams
     old_logprobs: torch.Tensor | None = None
     """[T] float32, on ranks of the last stage once computed."""
@@ -67,7 +72,7 @@ def pack_microbatch(
     multiple = 2 * cp if cp > 1 else 1
     columns: dict[str, list[torch.Tensor]] = {
         name: []
-        for name in ("tokens", "labels", "loss_mask", "weights", "advantages", "rollout_logprobs")
+        for name in (*COLUMNS, "loss_mask", "weights", "advantages", "rollout_logprobs", "is_last")
     }
     cu_seqlens = [0]
     for i in indices:
@@ -83,7 +88,7 @@ def pack_microbatch(
     filler = -cu_seqlens[-1] % whole if cu_seqlens[-1] else whole
     if filler:
         for name, parts in columns.items():
-            dtype = torch.int64 if name in ("tokens", "labels") else torch.float32
+            dtype = torch.int64 if name in COLUMNS else torch.float32
             parts.append(torch.zeros(filler, dtype=dtype))
         cu_seqlens.append(cu_seqlens[-1] + filler)
     packed = {name: torch.cat(parts) for name, parts in columns.items()}
@@ -125,11 +130,14 @@ def _sequence(
         return column
 
     mask = torch.from_numpy(sample.loss_mask.astype("float32"))
+    is_last = torch.zeros(length)
+    is_last[-1] = 1
     return {
         "tokens": tokens,
         "labels": labels,
         "loss_mask": predicted(mask),
         "weights": predicted(mask * token_weight),
         "advantages": predicted(advantages * mask),
+        "is_last": is_last,
         "rollout_logprobs": predicted(torch.from_numpy(sample.rollout_logprobs.copy()) * mask),
     }

@@ -24,10 +24,12 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from framework.megatron.parallel import Mesh
+from framework.megatron.score_head import ScoreHead
 from framework.megatron.torch_spec import torch_block_spec
 from framework.memory_checks import WITHOUT_OUTPUT
 from megatron_bridge.layout import padded_vocab_size
 from megatron_bridge.models import describe
+from megatron_bridge.models.score_head import has_score_head
 
 APEX_FUSION = "fused_weight_gradient_mlp_cuda"
 """The extension that an apex built from NVIDIA's source has, and its namesake has not."""
@@ -196,6 +198,8 @@ def build_chunks(
             vp_stage=stage,
             **description.gpt,
         )
+        if chunk.post_process and has_score_head(hf_config):
+            chunk.output_layer = ScoreHead(config)
         meta = torch.get_default_device().type == "meta"
         chunks.append(chunk if meta else chunk.cuda())  # the CPU where there is no CUDA
     return chunks

@@ -15,6 +15,8 @@ from framework.megatron.logprobs import LogprobContext, logprob_output_processor
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
+from framework.megatron.score_head import score_output_processor
+from megatron_bridge.models.score_head import has_score_head
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
 Evaluate = Callable[[Microbatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
@@ -47,6 +49,9 @@ class StepRunner:
             self.logits_chunk_tokens,
         )
 
+        scored = has_score_head(self.policy.hf_config)
+        processor = score_output_processor if scored else logprob_output_processor
+
         def forward_step(
             batches: Iterator[Microbatch], model: torch.nn.Module
         ) -> tuple[torch.Tensor, LossFunction]:
@@ -57,7 +62,7 @@ class StepRunner:
                 None,
                 labels=batch.labels[None],
                 packed_seq_params=batch.packed_seq_params,
-                output_processor=logprob_output_processor,
+                output_processor=processor,
                 output_processor_context=context,
             )
             return output, functools.partial(loss_function, batch)

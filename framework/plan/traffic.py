@@ -12,6 +12,7 @@ from framework.flops import training_flops
 from framework.gpus import Gpu
 from framework.plan.memory import gpu_of, size_text
 from framework.plan.stages import Stage
+from framework.preference_checks import COMPARING
 from megatron_bridge.models import describe
 from rollout.filters import num_kept
 
@@ -45,7 +46,7 @@ def step_samples(config: RunConfig) -> int:
     """Samples of one training step."""
     if config.stage == "sft":
         return config.warm_start.batch_size
-    if config.stage == "preference":
+    if config.stage in COMPARING:
         return 2 * config.preference.batch_size
     rollout = config.rollout
     return num_kept(rollout.prompts_per_step, rollout.keep_share) * rollout.samples_per_prompt

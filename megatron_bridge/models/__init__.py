@@ -13,6 +13,7 @@ from megatron_bridge.models.qwen2 import QWEN2
 from megatron_bridge.models.qwen2_moe import QWEN2_MOE
 from megatron_bridge.models.qwen3 import QWEN3
 from megatron_bridge.models.qwen3_moe import QWEN3_MOE
+from megatron_bridge.models.score_head import scored_name, with_score_head
 
 ARCHITECTURES: dict[str, Architecture] = {
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
@@ -26,6 +27,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
 
+SCORED: dict[str, Architecture] = {
+    scored_name(name): with_score_head(each)
+    for name, each in ARCHITECTURES.items()
+    if each.variant is None
+}
+"""The same with a scalar head: reward models."""
+
 
 def describe(hf_config: Mapping[str, Any]) -> ModelDescription:
     """A config.json, understood; ValueError lists everything in it that cannot be used."""
@@ -35,7 +43,7 @@ def describe(hf_config: Mapping[str, Any]) -> ModelDescription:
             f"config.json: architectures is {names!r}; it must name one of "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    architecture = ARCHITECTURES.get(names[0])
+    architecture = ARCHITECTURES.get(names[0]) or SCORED.get(names[0])
     if architecture is None:
         raise ValueError(
             f"config.json: architecture {names[0]!r} is not supported; supported are "

@@ -94,7 +94,9 @@ def compare(root: Path, case: Case) -> dict[str, Any]:
         "processes": case.world_size,
         "weight_abs": _difference(weights[worst], expected[worst]),
         "weight_worst": worst,
-        "moved_abs": max(_difference(expected[name], start[name]) for name in expected),
+        "moved_abs": max(
+            _difference(expected[name], start[name]) for name in start if name in expected
+        ),
         "time_s": found["time_s"],
     }
     for key in ("loss", "entropy", "grad_norm"):
@@ -214,7 +216,7 @@ def objective(case: Case) -> dict[str, Any]:
     """What of a RunConfig says by what the case is trained."""
     if case.objective in PREFERENCES:
         return {
-            "stage": "preference",
+            "stage": "reward_model" if case.objective == "reward_model" else "preference",
             "algorithm": AlgorithmConfig(**PREFERENCES[case.objective]),
             "eval": EvalConfig(at_start=False, at_end=False),
         }

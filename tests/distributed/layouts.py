@@ -97,8 +97,9 @@ PREFERENCES: dict[str, dict[str, Any]] = {
     "simpo": {"loss": "simpo"},
     "orpo": {"loss": "orpo"},
     "kto": {"loss": "kto"},
+    "reward_model": {"loss": "bradley_terry"},
 }
-"""The same of stage=preference."""
+"""The same of stage=preference, and of stage=reward_model."""
 
 SHORT = {
     "sequence_parallel": "sp",

@@ -20,7 +20,7 @@ from framework.config_fields import config_fields, nearest
 from framework.help_text import help_text
 from framework.notes import config_notes
 from framework.objective import build_objective
-from framework.preference_checks import preference_losses
+from framework.preference_checks import preference_losses, reward_losses
 from framework.preference_objective import build_preference_objective
 
 ALGORITHMS = Path(__file__).parents[2] / "hydra_configs" / "algorithm"
@@ -49,12 +49,14 @@ def test_defaults_of_the_groups_are_those_of_the_dataclasses() -> None:
 @pytest.mark.parametrize("path", sorted(ALGORITHMS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_algorithm_composes_and_is_accepted(path: Path) -> None:
     config = compose_config([f"algorithm={path.stem}", "experiment=smoke"])
-    config.stage = "preference" if config.algorithm.loss in preference_losses() else "rl"
+    stages = dict.fromkeys(preference_losses(), "preference")
+    stages |= dict.fromkeys(reward_losses(), "reward_model")
+    config.stage = stages.get(config.algorithm.loss, "rl")
     assert config.algorithm.name == path.stem
     assert check_config(config) == []
     if config.stage == "preference":
         build_preference_objective(config)
-    else:
+    elif config.stage == "rl":
         assert build_objective(config).aggregation == config.algorithm.aggregation
 
 

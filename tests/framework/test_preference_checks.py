@@ -30,8 +30,16 @@ def errors_of(changes):
 
 ARGS = "algorithm.loss_args"
 BROKEN = [
-    ({"algorithm.loss": "ppo_clip"}, "algorithm.loss=ppo_clip: is for stage=rl; choose algorithm"),
+    (
+        {"algorithm.loss": "ppo_clip"},
+        "algorithm.loss=ppo_clip: is for stage=rl; choose algorithm=dpo",
+    ),
     ({"stage": "rl"}, "algorithm.loss=dpo: is for stage=preference; set"),
+    (
+        {"stage": "reward_model"},
+        "algorithm.loss=dpo: is for stage=preference; choose algorithm=bra",
+    ),
+    ({"algorithm.loss": "bradley_terry"}, "is for stage=reward_model; choose algorithm=dpo"),
     ({"algorithm.loss": "dpoo"}, "algorithm.loss=dpoo: did you mean dpo?"),
     ({ARGS: {"gamma": 1}}, "algorithm.loss_args.gamma=1: algorithm.loss has no such knob"),
     ({ARGS: {"beta": 0}}, "algorithm.loss_args.beta=0: must be greater than 0"),
@@ -39,7 +47,7 @@ BROKEN = [
         {"algorithm.loss": "cdpo", ARGS: {"label_smoothing": 0.5}},
         "label_smoothing=0.5: must be below 0.5",
     ),
-    ({"algorithm.kl_coef": 0.1}, "algorithm.kl_coef=0.1: stage=preference: its losses hold"),
+    ({"algorithm.kl_coef": 0.1}, "algorithm.kl_coef=0.1: stage=preference: a reference"),
     ({"algorithm.entropy_coef": 0.1}, "algorithm.entropy_coef=0.1: stage=preference"),
     ({"algorithm.correction": "token"}, "algorithm.correction=token: stage=preference: no engine"),
     ({"algorithm.updates_per_step": 2}, "lower preference.batch_size instead; must be 1"),
@@ -54,7 +62,7 @@ BROKEN = [
     ({"data.eval_path": "/no/such.jsonl"}, "data.eval_path=/no/such.jsonl: needs data.path"),
     (
         {"stage": "sft", "data.path": "/no/such"},
-        "data.path=/no/such: only stage=preference reads it",
+        "data.path=/no/such: only stages preference and reward_model read it",
     ),
     (
         {"data.path": "/no/such", "warm_start.num_steps": 10},

@@ -1,4 +1,4 @@
-"""stage=preference whole, on one rank: what it logs, and that a stop between changes nothing.
+"""Stages preference and reward_model whole, on one rank: what it logs, and that a stop between changes nothing.
 
 Ranks are forked from this process, which has imported megatron-core once.
 """
@@ -20,7 +20,10 @@ import framework.preference_trainer  # noqa: F401  # imported here and not in ev
 from framework.compose import compose_config
 from framework.launch.prepare import write_run
 from framework.train import run
+from rollout.config import DataConfig
+from rollout.preferences import open_preferences
 from rollout.run_dir import RunDir
+from rollout.tokens import Chat
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -89,3 +92,31 @@ def test_n_and_n_steps_with_a_stop_between_are_2n_steps(name, overrides, tmp_pat
     assert (start["step"], end["step"]) == (0, 4)
     assert end["eval/loss"] < start["eval/loss"]
     assert "train/rollout_logprob_abs_diff_max" not in trained[0]
+
+
+def test_a_reward_model_is_what_transformers_scores_with(overrides, tiny_model_dir, tmp_path):
+    """Trained from a causal model and gone on with from its own directory; scores agree."""
+    from transformers import AutoModelForSequenceClassification
+
+    line = [*overrides, "stage=reward_model", "algorithm=bradley_terry", "data.args.num_digits=3"]
+    line += ["preference.batch_size=32"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, [*line, "num_steps=2"])
+    train(second, [*line, "num_steps=2", f"model.init_from={first / 'hf'}"])
+    before, after = ([row for row in rows(path) if "eval/loss" in row] for path in (first, second))
+    assert before[0]["eval/loss"] == pytest.approx(0.6931472)  # the head begins at zero
+    start = {key: value for key, value in after[0].items() if key != "step"}
+    end = {key: value for key, value in before[-1].items() if key != "step"}
+    assert start == pytest.approx(end, abs=1e-6)  # the head came along
+    model = AutoModelForSequenceClassification.from_pretrained(second / "hf")
+    assert type(model).__name__ == "Qwen3ForSequenceClassification"
+    chat = Chat.load(str(tiny_model_dir))
+    data = DataConfig(args={"num_digits": 3}, eval_num_prompts=8)
+    samples = open_preferences(data, chat, 0, paired=True).held_out()
+    with torch.no_grad():
+        scores = [
+            model(torch.tensor(sample.tokens[None].astype("int64"))).logits.item()
+            for sample in samples
+        ]
+    assert after[-1]["eval/chosen_reward"] == pytest.approx(sum(scores[::2]) / 8, abs=1e-5)
+    assert after[-1]["eval/rejected_reward"] == pytest.approx(sum(scores[1::2]) / 8, abs=1e-5)

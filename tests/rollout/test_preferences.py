@@ -101,6 +101,7 @@ def test_messages_of_several_turns_are_masked_by_who_wrote_them(chat, tmp_path):
         "messages": [{"role": "user", "content": "x="}],
         "chosen": turns,
         "rejected": "d",
+        "margin": 2,
         "score": 3,
     }
     path = write(tmp_path / "pairs.jsonl", [record])
@@ -110,6 +111,7 @@ def test_messages_of_several_turns_are_masked_by_who_wrote_them(chat, tmp_path):
     assert chosen.loss_mask.tolist() == [1, 1, 1, 0, 0, 1, 1]
     assert chosen.turn_starts.tolist() == [0, 5]
     assert text(chat, rejected, "answer") == "d<eos>"
+    assert chosen.rewards == {"margin": 2.0}
     assert chosen.metadata["source"] == f"{path}:1"
 
 
@@ -137,6 +139,7 @@ MALFORMED = [
         True,
         r"messages ends with an assistant's message",
     ),
+    ({**GOOD, "margin": -1}, True, r"margin is -1; a number of at least 0"),
     (GOOD, False, r"found prompt, chosen, rejected, no 'completion'"),
     ({"prompt": "a", "completion": "b", "label": 1}, False, r"label is 1; true \(good\) or false"),
 ]
