@@ -1,4 +1,4 @@
-"""Stages preference and reward_model whole, on one rank: what it logs, and that a stop between changes nothing.
+"""Stages preference and reward_model whole, on one rank: figures, and a stop between.
 
 Ranks are forked from this process, which has imported megatron-core once.
 """
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.fixture(scope="module")
 def overrides(tiny_model_dir):
     return [
-        *("experiment=smoke", "stage=preference", "warm_start.num_steps=0"),
+        *("experiment=smoke", "warm_start.num_steps=0"),
         *(f"model.hf_path={tiny_model_dir}", "preference.batch_size=8"),
         *("data.eval_num_prompts=8", "optimizer.lr=1e-3", "optimizer.warmup_steps=2"),
         *("checkpoint.every_steps=2", "checkpoint.async_save=false", "tracker.tensorboard=false"),
@@ -68,12 +68,16 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["dpo", pytest.param("kto", marks=pytest.mark.nightly)],  # the same path, seconds more
+    ("name", "stage"),
+    [
+        ("dpo", "preference"),
+        pytest.param("kto", "preference", marks=pytest.mark.nightly),  # the same path
+        pytest.param("bradley_terry", "reward_model", marks=pytest.mark.nightly),  # nearly so
+    ],
 )
-def test_n_and_n_steps_with_a_stop_between_are_2n_steps(name, overrides, tmp_path):
+def test_n_and_n_steps_with_a_stop_between_are_2n_steps(name, stage, overrides, tmp_path):
     """Bit for bit; the reference is what the run began with, also after the stop."""
-    line = [*overrides, f"algorithm={name}"]
+    line = [*overrides, f"algorithm={name}", f"stage={stage}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, [*line, "num_steps=4"])
     train(parts, [*line, "num_steps=2", "eval.at_end=false"])
@@ -86,7 +90,7 @@ def test_n_and_n_steps_with_a_stop_between_are_2n_steps(name, overrides, tmp_pat
     assert all(torch.equal(a[key], b[key]) for key in a)
     trained = [row for row in rows(whole) if "train/loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
-    assert trained[0]["train/chosen_reward"] == 0  # at the reference itself
+    assert trained[0]["train/chosen_reward"] == 0  # at the reference itself, or at a head of 0
     assert trained[-1]["train/chosen_reward"] != 0
     start, end = (row for row in rows(whole) if "eval/loss" in row)
     assert (start["step"], end["step"]) == (0, 4)
