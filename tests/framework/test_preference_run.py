@@ -1,4 +1,4 @@
-"""Stages preference and reward_model whole, on one rank: figures, and a stop between that changes nothing.
+"""Stages preference and reward_model whole, on one rank; a stop between changes nothing.
 
 Ranks are forked from this process, which has imported megatron-core once.
 """
