@@ -5,7 +5,7 @@ from typing import Any
 
 from framework.config import RunConfig
 from rollout.data import demonstrations
-from rollout.preferences import open_preferences
+from rollout.preferences import FilePreferences, open_preferences
 from rollout.tokens import Chat
 from rollout.types import EvalResult, Sample, SampleInfo, StepBatch
 
@@ -78,7 +78,10 @@ def demonstration_source(config: RunConfig, tokenizer: Any) -> DemonstrationSour
 def preference_source(config: RunConfig, tokenizer: Any, *, paired: bool) -> DemonstrationSource:
     """stage=preference: pairs, or labelled answers, of a file or of the task."""
     preferences = open_preferences(config.data, Chat(tokenizer), config.seed, paired=paired)
-    count = config.preference.batch_size
+    count, cp = config.preference.batch_size, config.parallel.cp
+    if isinstance(preferences, FilePreferences) and config.batch.overlong == "refuse":
+        budget = config.batch.max_tokens_per_microbatch
+        preferences.check_lengths(budget, 2 * cp if cp > 1 else 1)
 
     def make(step: int) -> list[Sample]:
         if step == HELD_OUT:

@@ -46,6 +46,7 @@ class HfWriter:
         entries: Sequence[Entry],
         like: str | Path,
         max_file_bytes: int = 4 << 30,
+        *,
         resume: str = "",
         config: Mapping[str, Any] | None = None,
     ) -> None:

@@ -36,7 +36,7 @@ def save_hf(
     writer: HfWriter | None = None
     try:
         if rank == dst:
-            writer = HfWriter(out_dir, plan.entries, like, max_file_bytes, plan.hf_config)
+            writer = HfWriter(out_dir, plan.entries, like, max_file_bytes, config=plan.hf_config)
     finally:
         _agree(writer is not None, plan, rank, dst, group, device, f"cannot write {out_dir}")
     written = False

@@ -91,7 +91,8 @@ class PreferenceFile:
         wanted = PAIR if self._paired else LABELLED
         try:
             values = json.loads(line)
-        except ValueError as error:  # not UTF-8, too
+            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:  # not UTF-8, too
             text = line.decode(errors="replace").strip()
             found = _shown(text) if text else "an empty line"
             raise ValueError(f"{where}: found {found}, not JSON ({error}); {wanted}") from None

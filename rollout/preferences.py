@@ -22,8 +22,11 @@ from rollout.seeds import derive_seed, held_out
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
 
-_MAX_DRAWS = 32
+_MAX_DRAWS = 16
 """Of a near miss, until one is wrong."""
+_MAX_PROMPTS = 32
+_NEXT_PROMPT = 1 << 40
+"""Further than any run gets."""
 
 
 class Preferences(Protocol):
@@ -81,17 +84,22 @@ class TaskPreferences:
 
 
 async def _task_pair(chat: Chat, stream: PromptStream, seed: int, index: int) -> list[Sample]:
-    (environment,) = stream.environments(index, 1)
-    right = await play(chat, environment, environment.demonstration(), group_id=index, index=0)
+    """Of prompt `index`; where its demonstration is no better than its mistakes (some tasks show
+    wrong ones on purpose), of a prompt that no other index stands for."""
     draws = random.Random(derive_seed(seed, "mistake", index))
-    for _ in range(_MAX_DRAWS):
-        (environment,) = stream.environments(index, 1)
-        wrong = await play(chat, environment, environment.mistake(draws), group_id=index, index=1)
-        if wrong.reward < right.reward:
-            return [replace(right, reward=1.0), replace(wrong, reward=0.0)]
+    for k in range(_MAX_PROMPTS):
+        prompt = index + k * _NEXT_PROMPT
+        (environment,) = stream.environments(prompt, 1)
+        right = await play(chat, environment, environment.demonstration(), group_id=index, index=0)
+        for _ in range(_MAX_DRAWS):
+            (environment,) = stream.environments(prompt, 1)
+            replies = environment.mistake(draws)
+            wrong = await play(chat, environment, replies, group_id=index, index=1)
+            if wrong.reward < right.reward:
+                return [replace(right, reward=1.0), replace(wrong, reward=0.0)]
     raise ValueError(
-        f"{type(environment).__name__}: {_MAX_DRAWS} draws of mistake() were all rewarded like its "
-        f"demonstration ({right.reward:g}); preferences need a wrong answer"
+        f"{type(environment).__name__}: {_MAX_DRAWS} draws of mistake() for each of {_MAX_PROMPTS} "
+        "prompts were all rewarded like its demonstration; preferences need a wrong answer"
     )
 
 
@@ -124,7 +132,7 @@ def open_files(data: DataConfig, *, paired: bool) -> Files:
         held_out=train,
         held_out_lines=[i for i in lines if aside[i]],
     )
-    if not files.train_lines or not files.held_out_lines:
+    if not files.train_lines or len(files.held_out_lines) < (1 if paired else 2):
         raise ValueError(
             f"data.path={data.path}: its {len(train)} lines have too few prompts to hold an eighth "
             "of them out for evaluation; set data.eval_path"
@@ -149,8 +157,32 @@ class FilePreferences:
 
     def held_out(self) -> list[Sample]:
         """See Preferences."""
-        chosen = self._files.held_out_lines[: self._count]
+        lines = list(self._files.held_out_lines)
+        random.Random(derive_seed(self._seed, "held_out")).shuffle(lines)
+        chosen = lines[: self._count]
         return self._units([self._files.held_out.record(i) for i in chosen], 0)
+
+    def check_lengths(self, max_tokens: int, multiple: int) -> None:
+        """Raise ValueError for a line that no micro-batch can hold. Tokenises every line once."""
+        files, prompts, answers = self._files, {}, {}
+        for file, lines in (
+            (files.train, files.train_lines),
+            (files.held_out, files.held_out_lines),
+        ):
+            for i in lines:
+                record = file.record(i)
+                samples = self._units([record], 0)[: 1 + self._paired]
+                sizes = [-(-len(sample.tokens) // multiple) * multiple for sample in samples]
+                if sum(sizes) > max_tokens:
+                    raise ValueError(f"{record.where}: {_too_long(sum(sizes), max_tokens)}")
+                prompts[samples[0].prompt_length] = record.where
+                answers[samples[0].response_length] = record.where
+        longest, answer = max(prompts), max(answers)
+        if not self._paired and longest + answer + multiple > max_tokens:
+            raise ValueError(
+                f"{prompts[longest]}: with the answer of {answers[answer]}, by which a KL is "
+                f"estimated, {_too_long(longest + answer + multiple, max_tokens)}"
+            )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  # lives as long as the run
     def _epoch(self, epoch: int) -> list[int]:
@@ -177,6 +209,13 @@ class FilePreferences:
         ]
         flat = [sample for pair in answers for sample in pair]
         return flat if self._paired else with_unrelated(flat)
+
+
+def _too_long(size: int, max_tokens: int) -> str:
+    return (
+        f"{size} tokens that are trained together, more than batch.max_tokens_per_microbatch="
+        f"{max_tokens}: raise it, or set batch.overlong=truncate"
+    )
 
 
 def _open(key: str, path: str, paired: bool) -> PreferenceFile:
@@ -216,10 +255,12 @@ def answer_sample(
 
 
 def with_unrelated(answers: list[Sample]) -> list[Sample]:
-    """After each answer its prompt with the next answer (after the last: with the first)."""
-    samples = []
+    """After each answer its prompt with the next answer to another prompt, around the end."""
+    samples, prompts = [], [tuple(each.tokens[: each.prompt_length]) for each in answers]
     for i, sample in enumerate(answers):
-        other = answers[(i + 1) % len(answers)]
+        following = [(i + k) % len(answers) for k in range(1, len(answers))]
+        others = [j for j in following if prompts[j] != prompts[i]]
+        other = answers[(others or following or [i])[0]]
         prompt, response = (
             sample.tokens[: sample.prompt_length],
             other.tokens[other.prompt_length :],

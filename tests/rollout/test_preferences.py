@@ -56,7 +56,7 @@ class LenientEnvironment(SortEnvironment):
 def test_a_task_that_rewards_every_near_miss_is_refused(chat, monkeypatch):
     monkeypatch.setitem(ENVIRONMENTS, "lenient", LenientEnvironment)
     source = open_preferences(DataConfig(task="lenient"), chat, 0, paired=True)
-    with pytest.raises(ValueError, match="LenientEnvironment: 32 draws of mistake"):
+    with pytest.raises(ValueError, match="LenientEnvironment: 16 draws of mistake"):
         source.batch(0, 1)
 
 
@@ -165,3 +165,41 @@ def test_many_malformed_lines_are_counted(tmp_path):
         PreferenceFile(path, paired=True)
     with pytest.raises(ValueError, match=r"none: No such file"):
         PreferenceFile(tmp_path / "none", paired=True)
+
+
+class SometimesWrongEnvironment(SortEnvironment):
+    """Half of its demonstrations are wrong, as those of tasks that show failures on purpose."""
+
+    def demonstration(self):
+        return super().demonstration() if int(self.prompt[0]) % 2 else ["x"]
+
+
+def test_prompts_with_a_wrong_demonstration_are_passed_over(chat, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENTS, "sometimes", SometimesWrongEnvironment)
+    source = open_preferences(DataConfig(task="sometimes"), chat, 0, paired=True)
+    samples = source.batch(0, 12)
+    assert [each.reward for each in samples] == [1.0, 0.0] * 12
+    assert all(int(text(chat, each, "prompt")[len("<bos>")]) % 2 for each in samples)
+
+
+def test_a_line_that_no_microbatch_holds_is_named_before_the_run(chat, tmp_path):
+    records = [{"prompt": f"{k}{k}=", "chosen": "1", "rejected": "2"} for k in range(10, 60)]
+    records[30] |= {"chosen": "1" * 40}
+    data = DataConfig(path=write(tmp_path / "pairs.jsonl", records))
+    source = open_preferences(data, chat, 0, paired=True)
+    source.check_lengths(100, 1)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:31: .*batch.max_tokens_per_microbatch=40"):
+        source.check_lengths(40, 1)
+
+
+def test_an_unrelated_answer_is_one_to_another_prompt(chat, tmp_path):
+    records = [
+        {"prompt": f"{10 + k // 2}=", "completion": f"{k}", "label": k % 2 == 0} for k in range(400)
+    ]
+    data = DataConfig(path=write(tmp_path / "labelled.jsonl", records), eval_num_prompts=40)
+    samples = open_preferences(data, chat, 0, paired=False).held_out()
+    assert len(samples) == 80
+    for answer, unrelated in zip(samples[::2], samples[1::2], strict=True):
+        prompt = text(chat, answer, "prompt").removeprefix("<bos>")
+        said = int(text(chat, unrelated, "answer").removesuffix("<eos>"))
+        assert f"{10 + said // 2}=" != prompt
