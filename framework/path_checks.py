@@ -20,6 +20,11 @@ def _start(config: RunConfig, key: str, path: str) -> Iterator[str]:
             f"{key}={path}: a Megatron checkpoint, and the engines of mode={config.mode} read "
             "Hugging Face directories only; make one by drivetrain-convert to-hf"
         )
+    elif config.stage == "reward_model":
+        yield (
+            f"{key}={path}: a Megatron checkpoint of a policy, and stage=reward_model gives it "
+            "another output layer; name that run's hf/, or make one by drivetrain-convert to-hf"
+        )
 
 
 def _weights(key: str, path: str) -> Iterator[str]:

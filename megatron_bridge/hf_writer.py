@@ -212,7 +212,8 @@ def _header(entries: Sequence[Entry]) -> bytes:
 def _copy_companions(
     like: Path, out: Path, config: Mapping[str, Any], entries: Sequence[Entry]
 ) -> None:
-    """Tokenizer, generation and other small files as they are; config.json with the new type."""
+    """Tokenizer, generation and other small files as they are; config.json too where it is that of
+    `like` and of this type, else written."""
     for file in sorted(like.iterdir()):
         if (
             file.is_file()
@@ -226,7 +227,7 @@ def _copy_companions(
             shutil.copyfile(file, out / file.name)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     dtype = str(entries[0][1]).removeprefix("torch.")
-    if config.get(key) == dtype:
+    if config.get(key) == dtype and config == read_config(like):
         shutil.copyfile(like / "config.json", out / "config.json")
         return
     text = json.dumps({**config, key: dtype}, indent=2) + "\n"

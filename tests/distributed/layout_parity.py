@@ -260,18 +260,19 @@ def train(root: Path, rank: int, case: Case) -> None:
     """One case on one rank: the trainer's own loop over the journal; rank 0 leaves the outcome."""
     hf_dir = root / "models" / case.model
     # Those with stages start from a Megatron checkpoint, which must be the same.
-    start = str(root / "megatron" / case.model) if case.parallel.get("pp", 1) > 1 else ""
+    # A reward model has another output layer than that holds.
+    staged = case.parallel.get("pp", 1) > 1 and case.objective != "reward_model"
+    start = str(root / "megatron" / case.model) if staged else ""
     config = RunConfig(
         mode="train_only",
         num_steps=NUM_STEPS,
         model=ModelConfig(hf_path=str(hf_dir), init_from=start),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
         memory=MemoryConfig(**case.memory),
-        **objective(case),
+        **{"eval": EvalConfig(at_start=False, at_end=False), **objective(case)},
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
         batch=BatchConfig(max_tokens_per_microbatch=96),
         gate=GateConfig(enabled=False),
-        eval=EvalConfig(at_start=False, at_end=False),
     )
     started = time.perf_counter()
     mesh = start_mesh(config.parallel, config.seed)
