@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     from framework.megatron.model import DTYPES
     from framework.megatron.parallel import start_mesh, stop_mesh
     from framework.metrics import MetricsLogger
+    from framework.weight_sync.connect import connect_engines, open_weight_sync
     from megatron_bridge.export_plan import ExportPlan
     from megatron_bridge.load import detect_spec
     from megatron_bridge.save import save_hf
@@ -75,7 +75,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         if found is not None:
             source.restore(found.rollout_state())
     dist.barrier()  # no rank asks for batches before they are the right ones
-    sync = weight_sync(config, run_dir, mesh.rank, policy, plan, engines) if live else None
+    sync = open_weight_sync(config, run_dir, mesh.rank, policy, plan, engines) if live else None
     trainer = trainer_class(config)(
         config=config,
         mesh=mesh,
@@ -231,69 +231,6 @@ def batch_source(config: RunConfig, run_dir: RunDir):
     timeout_s = config.rollout.batch_timeout_s
     url = config.rollout.address or run_dir.wait_address("rollout", timeout_s)
     return BufferClient(url, run_dir.token(), timeout_s)
-
-
-def connect_engines(config: RunConfig, run_dir: RunDir, rank: int):
-    """The engines, on rank 0, which alone talks to them; asleep where they share its devices."""
-    from framework.weight_sync.engines import Engines
-
-    engine = config.rollout.engine
-    if rank != 0:
-        return None
-    deadline = time.monotonic() + engine.start_timeout_s
-    urls = engine.urls or [
-        run_dir.wait_address(f"engine_{k}", max(0.0, deadline - time.monotonic()))
-        for k in range(engine.num_engines)
-    ]
-    # rewind() of a run that goes on with new engines removes it with their addresses.
-    asleep = run_dir.addresses / "asleep.json" if engine.colocated else None
-    engines = Engines(urls, engine.api_key or run_dir.token(), config.weight_sync.timeout_s, asleep)
-    if engine.colocated:
-        engines.sleep()
-    return engines
-
-
-def weight_sync(
-    config: RunConfig, run_dir: RunDir, rank: int, policy: Any, plan: Any, engines: Any
-):
-    """The link to the engines."""
-    from framework.megatron.model import DTYPES
-    from framework.megatron.offload import Offload
-    from framework.weight_sync import WeightSync
-    from framework.weight_sync.base import PushContext
-    from framework.weight_sync.turns import Turns
-    from megatron_bridge.export import ExportBuffers
-
-    engine, sync = config.rollout.engine, config.weight_sync
-    context = PushContext(
-        plan=plan,
-        chunks=policy.chunks,
-        buffers=ExportBuffers(),
-        rank=rank,
-        engine_tp=engine.tp,
-        host=config.rollout.host,
-        scratch_dir=run_dir.path / "weights",
-        like=Path(config.model.hf_path),
-        flush_cache=sync.pause_mode == "retract",
-    )
-    return WeightSync(
-        sync.transport,
-        context,
-        engines,
-        pause_mode=sync.pause_mode,
-        verify=sync.verify,
-        hf_config=policy.hf_config,
-        engine_dtype=DTYPES[engine.dtype],
-        engine_device=engine_device(engine.device),
-        turns=Turns(engines, Offload(policy)) if engine.colocated else None,
-    )
-
-
-def engine_device(configured: str) -> str:
-    """cpu | cuda: where the engines hold their weights."""
-    if configured != "auto":
-        return configured
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def build_chunks(
             **description.gpt,
         )
         if chunk.post_process and has_score_head(hf_config):
-            chunk.output_layer = ScoreHead(config)
+            setattr(chunk, "output_layer", ScoreHead(config))  # noqa: B010  # of another type
         meta = torch.get_default_device().type == "meta"
         chunks.append(chunk if meta else chunk.cuda())  # the CPU where there is no CUDA
     return chunks

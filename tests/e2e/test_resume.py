@@ -37,9 +37,11 @@ def test_n_and_n_steps_with_a_stop_between_are_2n_steps(engine, tmp_path):
     assert max(norms[2:]) > 0, norms
     assert largest_difference(weights(whole), weights(parts)) == 0.0
     for expected, row in zip(metrics(whole), metrics(parts), strict=True):
-        assert expected.keys() == row.keys()
-        for name in row:
-            assert name.endswith(TIMES) or expected[name] == row[name], (row["step"], name)
+        # The first step of a run passes the gate, whose phase has a time.
+        same = [
+            {k: v for k, v in each.items() if not k.endswith(TIMES)} for each in (expected, row)
+        ]
+        assert same[0] == same[1]
     assert len(list_steps(parts / "rollouts")) == 4
     journals = (list_steps(path / "rollouts") for path in (parts, whole))
     for ours, theirs in zip(*journals, strict=True):

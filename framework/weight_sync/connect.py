@@ -1,0 +1,76 @@
+"""From a run's configuration to its engines and the way that weights take to them."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from framework.config import RunConfig
+from framework.megatron.model import DTYPES, Policy
+from framework.megatron.offload import Offload
+from framework.weight_sync import WeightSync
+from framework.weight_sync.base import PushContext
+from framework.weight_sync.engines import Engines
+from framework.weight_sync.turns import Turns
+from megatron_bridge.export import ExportBuffers
+from megatron_bridge.export_plan import ExportPlan
+from rollout.run_dir import RunDir
+
+
+def connect_engines(config: RunConfig, run_dir: RunDir, rank: int) -> Engines | None:
+    """The engines, on rank 0, which alone talks to them; asleep where they share its devices."""
+    engine = config.rollout.engine
+    if rank != 0:
+        return None
+    deadline = time.monotonic() + engine.start_timeout_s
+    urls = engine.urls or [
+        run_dir.wait_address(f"engine_{k}", max(0.0, deadline - time.monotonic()))
+        for k in range(engine.num_engines)
+    ]
+    # rewind() of a run that goes on with new engines removes it with their addresses.
+    asleep = run_dir.addresses / "asleep.json" if engine.colocated else None
+    engines = Engines(urls, engine.api_key or run_dir.token(), config.weight_sync.timeout_s, asleep)
+    if engine.colocated:
+        engines.sleep()
+    return engines
+
+
+def open_weight_sync(
+    config: RunConfig,
+    run_dir: RunDir,
+    rank: int,
+    policy: Policy,
+    plan: ExportPlan,
+    engines: Engines | None,
+) -> WeightSync:
+    """This rank's part of the way to the engines, as weight_sync.* says."""
+    engine, sync = config.rollout.engine, config.weight_sync
+    context = PushContext(
+        plan=plan,
+        chunks=policy.chunks,
+        buffers=ExportBuffers(),
+        rank=rank,
+        engine_tp=engine.tp,
+        host=config.rollout.host,
+        scratch_dir=run_dir.path / "weights",
+        like=Path(config.model.hf_path),
+        flush_cache=sync.pause_mode == "retract",
+    )
+    return WeightSync(
+        sync.transport,
+        context,
+        engines,
+        pause_mode=sync.pause_mode,
+        verify=sync.verify,
+        hf_config=policy.hf_config,
+        engine_dtype=DTYPES[engine.dtype],
+        engine_device=_engine_device(engine.device),
+        turns=Turns(engines, Offload(policy)) if engine.colocated else None,
+    )
+
+
+def _engine_device(configured: str) -> str:
+    """cpu | cuda: where the engines hold their weights."""
+    if configured != "auto":
+        return configured
+    return "cuda" if torch.cuda.is_available() else "cpu"
