@@ -5,11 +5,10 @@ A dropped group is replaced by another prompt's, so that steps stay as large as 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from rollout.own_code import import_own
+from rollout.own_code import look_up
 from rollout.types import Group, Status
 
 GroupFilter = Callable[[Group], str]
@@ -48,14 +47,10 @@ def find_filter(name: str) -> GroupFilter:
     Raises:
         ValueError: there is none such; one line, without the key.
     """
-    if name in FILTERS:
-        return FILTERS[name]
-    if "." not in name:
-        raise ValueError(f"must be one of {', '.join(FILTERS)}, or package.module.function")
-    found: Any = import_own(name)
+    found = look_up(FILTERS, name, "function")
     if not callable(found):
         raise ValueError("is no function of a group")
-    return found  # pyright: ignore[reportReturnType]
+    return found
 
 
 class GroupFilters:

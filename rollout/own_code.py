@@ -2,8 +2,11 @@
 
 import importlib
 import traceback
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def import_own_module(name: str) -> ModuleType:
@@ -24,6 +27,21 @@ def import_own_module(name: str) -> ModuleType:
         raise ValueError(
             f"{name} cannot be imported: {type(error).__name__}: {error}{place}"
         ) from error
+
+
+def look_up(table: Mapping[str, T], name: str, kind: str) -> T:
+    """A row of `table` by its name, or what package.module.<kind> of the user's own names.
+
+    That what is the user's own is of the table's type is the caller's to check.
+
+    Raises:
+        ValueError: there is none such; one line, without the key.
+    """
+    if name in table:
+        return table[name]
+    if "." not in name:
+        raise ValueError(f"must be one of {', '.join(table)}, or package.module.{kind}")
+    return import_own(name)
 
 
 def import_own(path: str) -> Any:

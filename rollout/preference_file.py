@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout.environments.base import Message
+from rollout.environments.base import ROLES, Message, is_message
 
 _SHOWN_ERRORS = 3
 _SHOWN_CHARACTERS = 60
-_ROLES = ("system", "user", "assistant", "tool")
 _ANSWER = "a text, or messages from an assistant's to an assistant's"
 PAIR = '{"prompt" or "messages", "chosen", "rejected"}'
 LABELLED = '{"prompt" or "messages", "completion", "label"}'
@@ -165,15 +164,10 @@ def _messages(where: str, name: str, value: Any, wanted: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: {name} is {_shown(value)}; {wanted} is wanted")
     for message in value:
-        right = (
-            isinstance(message, dict)
-            and message.get("role") in _ROLES
-            and isinstance(message.get("content"), str)
-        )
-        if not right:
+        if not is_message(message):
             raise ValueError(
                 f"{where}: {name} holds {_shown(message)}; a message is "
-                f'{{"role": one of {", ".join(_ROLES)}, "content": a text}}'
+                f'{{"role": one of {", ".join(ROLES)}, "content": a text}}'
             )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 

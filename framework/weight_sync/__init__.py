@@ -16,6 +16,7 @@ from framework.weight_sync.engines import Engines, WeightSyncError
 from framework.weight_sync.tensor import TensorPush
 from framework.weight_sync.turns import Turns
 from megatron_bridge.checksum import ExpectedChecksums
+from megatron_bridge.export import export_buckets
 
 TRANSPORTS: dict[str, type[Transport]] = {
     "distributed": DistributedPush,
@@ -41,6 +42,7 @@ class WeightSync:
         turns: Turns | None = None,
     ) -> None:
         """turns: where trainers and engines share devices."""
+        self._context = context
         self._transport = TRANSPORTS[transport](context)
         self._engines = engines
         self._pause_mode = pause_mode
@@ -63,12 +65,22 @@ class WeightSync:
             verifier.reset()
         start = time.perf_counter()
         with self._standing_still():
-            size = self._transport.send(version, self._engines, verifier)
+            size = self._send(version)
             sent = time.perf_counter()
             if verifier is not None:
                 self._compare(version, verifier)
         end = time.perf_counter()
         return PushReport(size_bytes=size, time_s=end - start, verify_s=end - sent)
+
+    def _send(self, version: int) -> int:
+        context = self._context
+        with export_buckets(
+            context.plan, context.chunks, context.rank, buffers=context.buffers
+        ) as buckets:
+            if self._engines is not None:
+                return self._transport.send(version, buckets, self._engines, self._verifier)
+            next(buckets, None)  # takes part in the assembling
+            return 0
 
     def trainers_turn(self) -> None:
         """Where devices are shared: the trainers have them, until the next push; collective."""
@@ -84,8 +96,8 @@ class WeightSync:
 
     def close(self) -> None:
         """The run is over: leave the engines to themselves, at the version they have."""
-        self._transport.close(self._engines)
         if self._engines is not None:
+            self._transport.close(self._engines)
             self._engines.close()
 
     def _compare(self, version: int, verifier: ExpectedChecksums) -> None:

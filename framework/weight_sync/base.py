@@ -1,12 +1,13 @@
 """What every transport of weights shares: the seam, the context, the report."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from framework.weight_sync.engines import Engines
 from megatron_bridge.checksum import ExpectedChecksums
-from megatron_bridge.export import ExportBuffers
+from megatron_bridge.export import Bucket, ExportBuffers
 from megatron_bridge.export_plan import ExportPlan
 
 
@@ -38,21 +39,26 @@ class Transport(Protocol):
     def __init__(self, context: PushContext) -> None: ...
 
     def send(
-        self, version: int, engines: Engines | None, verifier: ExpectedChecksums | None
+        self,
+        version: int,
+        buckets: Iterable[Bucket],
+        engines: Engines,
+        verifier: ExpectedChecksums | None,
     ) -> int:
-        """Give every engine the trainers' weights as `version`; collective over the trainers.
+        """Give every engine the trainers' weights as `version`; on the pushing rank (0) alone.
 
         Args:
-            engines: the paused engines on the pushing rank (0), None on all others.
+            buckets: the whole model; the other ranks send while it is iterated.
+            engines: paused.
             verifier: takes every bucket that is sent (`add`), or None.
 
         Returns:
-            Bytes of weights sent to each engine (0 on other ranks).
+            Bytes of weights sent to each engine.
         """
         ...
 
-    def close(self, engines: Engines | None) -> None:
-        """Let go of what is held for the engines; the last call."""
+    def close(self, engines: Engines) -> None:
+        """Let go of what is held for the engines; the last call, on the pushing rank alone."""
         ...
 
 

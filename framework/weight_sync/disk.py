@@ -1,11 +1,12 @@
 """Weights to the engines through a directory that both sides see: no group, any network."""
 
 import shutil
+from collections.abc import Iterable
 
 from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
 from megatron_bridge.checksum import ExpectedChecksums
-from megatron_bridge.export import export_buckets
+from megatron_bridge.export import Bucket
 from megatron_bridge.hf_writer import HfWriter
 
 MAX_FILE_BYTES = 4 << 30
@@ -18,26 +19,24 @@ class DiskPush:
         self.context = context
 
     def send(
-        self, version: int, engines: Engines | None, verifier: ExpectedChecksums | None
+        self,
+        version: int,
+        buckets: Iterable[Bucket],
+        engines: Engines,
+        verifier: ExpectedChecksums | None,
     ) -> int:
         """See `base.Transport`."""
         context, size = self.context, 0
-        with export_buckets(
-            context.plan, context.chunks, context.rank, buffers=context.buffers
-        ) as buckets:
-            if engines is None:
-                next(buckets, None)  # takes part in the assembling
-                return 0
-            directory = context.scratch_dir / f"version_{version}"
-            shutil.rmtree(directory, ignore_errors=True)  # left by a trainer that was killed
-            writer = HfWriter(directory, context.plan.entries, context.like, MAX_FILE_BYTES)
-            for bucket in buckets:
-                size += bucket.flat.nbytes
-                if verifier is not None:
-                    verifier.add(bucket)
-                for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
-                    writer.add(name, tensor)
-            writer.finish()
+        directory = context.scratch_dir / f"version_{version}"
+        shutil.rmtree(directory, ignore_errors=True)  # left by a trainer that was killed
+        writer = HfWriter(directory, context.plan.entries, context.like, MAX_FILE_BYTES)
+        for bucket in buckets:
+            size += bucket.flat.nbytes
+            if verifier is not None:
+                verifier.add(bucket)
+            for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
+                writer.add(name, tensor)
+        writer.finish()
         engines.post(
             "/update_weights_from_disk",
             {
@@ -52,7 +51,6 @@ class DiskPush:
                 shutil.rmtree(older)
         return size
 
-    def close(self, engines: Engines | None) -> None:
+    def close(self, engines: Engines) -> None:
         """Delete what was written for the engines."""
-        if engines is not None:
-            shutil.rmtree(self.context.scratch_dir, ignore_errors=True)
+        shutil.rmtree(self.context.scratch_dir, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Weights to the engines over a process group: one flat broadcast per bucket, gloo or NCCL."""
 
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
 from framework.weight_sync.groups import join_update_group, open_store
 from megatron_bridge.checksum import ExpectedChecksums
-from megatron_bridge.export import export_buckets
+from megatron_bridge.export import Bucket
 from rollout.server.server_process import public_host
 
 
@@ -25,45 +26,43 @@ class DistributedPush:
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
 
     def send(
-        self, version: int, engines: Engines | None, verifier: ExpectedChecksums | None
+        self,
+        version: int,
+        buckets: Iterable[Bucket],
+        engines: Engines,
+        verifier: ExpectedChecksums | None,
     ) -> int:
         """See `base.Transport`."""
         context, size = self.context, 0
-        with export_buckets(
-            context.plan, context.chunks, context.rank, buffers=context.buffers
-        ) as buckets:
-            if engines is None:
-                next(buckets, None)  # takes part in the assembling
-                return 0
-            if self._group is None:
-                engines.end_session()
-                self._connect(engines)
-            engines.post("/begin_weight_update", {})
-            for i, bucket in enumerate(buckets):
-                last = i == len(context.plan.buckets) - 1
-                body = {
-                    "names": list(bucket.names),
-                    "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
-                    "shapes": [list(shape) for shape in bucket.shapes],
-                    "group_name": self._name,
-                    "load_format": "flattened_bucket",
-                    "flush_cache": last and context.flush_cache,
-                    "abort_all_requests": False,
-                    "weight_version": str(version),
-                }
-                path = "/update_weights_from_distributed"
-                replies = engines.start(path, [body] * len(engines.urls))
-                dist.broadcast(bucket.flat, src=0, group=self._group)
-                size += bucket.flat.nbytes
-                if verifier is not None:
-                    verifier.add(bucket)
-                engines.finish(replies)
-            engines.post("/end_weight_update", {})
+        if self._group is None:
+            engines.end_session()
+            self._connect(engines)
+        engines.post("/begin_weight_update", {})
+        for i, bucket in enumerate(buckets):
+            last = i == len(context.plan.buckets) - 1
+            body = {
+                "names": list(bucket.names),
+                "dtypes": [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+                "shapes": [list(shape) for shape in bucket.shapes],
+                "group_name": self._name,
+                "load_format": "flattened_bucket",
+                "flush_cache": last and context.flush_cache,
+                "abort_all_requests": False,
+                "weight_version": str(version),
+            }
+            path = "/update_weights_from_distributed"
+            replies = engines.start(path, [body] * len(engines.urls))
+            dist.broadcast(bucket.flat, src=0, group=self._group)
+            size += bucket.flat.nbytes
+            if verifier is not None:
+                verifier.add(bucket)
+            engines.finish(replies)
+        engines.post("/end_weight_update", {})
         return size
 
-    def close(self, engines: Engines | None) -> None:
+    def close(self, engines: Engines) -> None:
         """Leave the group, on both sides."""
-        if engines is not None and self._group is not None:
+        if self._group is not None:
             engines.post("/destroy_weights_update_group", {"group_name": self._name})
             dist.destroy_process_group(self._group)
             self._group = None

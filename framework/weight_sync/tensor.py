@@ -6,6 +6,7 @@ HTTP carries only the handles, pickled as SGLang's endpoint wants them.
 
 import base64
 import io
+from collections.abc import Iterable
 from multiprocessing.reduction import ForkingPickler
 
 import torch
@@ -14,7 +15,7 @@ import torch.multiprocessing
 from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
 from megatron_bridge.checksum import ExpectedChecksums
-from megatron_bridge.export import Bucket, export_buckets
+from megatron_bridge.export import Bucket
 
 
 class TensorPush:
@@ -28,44 +29,39 @@ class TensorPush:
             torch.multiprocessing.set_sharing_strategy("file_system")
 
     def send(
-        self, version: int, engines: Engines | None, verifier: ExpectedChecksums | None
+        self,
+        version: int,
+        buckets: Iterable[Bucket],
+        engines: Engines,
+        verifier: ExpectedChecksums | None,
     ) -> int:
         """See `base.Transport`."""
         context, size = self.context, 0
-        with export_buckets(
-            context.plan, context.chunks, context.rank, buffers=context.buffers
-        ) as buckets:
-            if engines is None:
-                next(buckets, None)  # takes part in the assembling
-                return 0
-            if not self._begun:
-                engines.end_session()
-                self._begun = True
-            engines.post("/begin_weight_update", {})
-            for i, bucket in enumerate(buckets):
-                last = i == len(context.plan.buckets) - 1
-                rest = {
-                    "flush_cache": last and context.flush_cache,
-                    "abort_all_requests": False,
-                    "weight_version": str(version),
-                }
-                if bucket.flat.is_cuda:
-                    torch.cuda.synchronize()  # IPC knows nothing of our stream
-                replies = engines.start(
-                    "/update_weights_from_tensor",
-                    [
-                        {"serialized_named_tensors": self._handles(bucket), **rest}
-                        for _ in engines.urls
-                    ],
-                )
-                size += bucket.flat.nbytes
-                if verifier is not None:
-                    verifier.add(bucket)
-                engines.finish(replies)  # before the bucket's memory is used again
-            engines.post("/end_weight_update", {})
+        if not self._begun:
+            engines.end_session()
+            self._begun = True
+        engines.post("/begin_weight_update", {})
+        for i, bucket in enumerate(buckets):
+            last = i == len(context.plan.buckets) - 1
+            rest = {
+                "flush_cache": last and context.flush_cache,
+                "abort_all_requests": False,
+                "weight_version": str(version),
+            }
+            if bucket.flat.is_cuda:
+                torch.cuda.synchronize()  # IPC knows nothing of our stream
+            replies = engines.start(
+                "/update_weights_from_tensor",
+                [{"serialized_named_tensors": self._handles(bucket), **rest} for _ in engines.urls],
+            )
+            size += bucket.flat.nbytes
+            if verifier is not None:
+                verifier.add(bucket)
+            engines.finish(replies)  # before the bucket's memory is used again
+        engines.post("/end_weight_update", {})
         return size
 
-    def close(self, engines: Engines | None) -> None:
+    def close(self, engines: Engines) -> None:
         """Nothing is held."""
 
     def _handles(self, bucket: Bucket) -> list[str]:

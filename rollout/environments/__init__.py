@@ -11,7 +11,7 @@ from rollout.environments.guess import GuessEnvironment
 from rollout.environments.jsonl import JsonlEnvironment
 from rollout.environments.reasoning_gym import ReasoningGymEnvironment
 from rollout.environments.sort import SortEnvironment
-from rollout.own_code import import_own
+from rollout.own_code import look_up
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "sort": SortEnvironment,
@@ -31,11 +31,7 @@ def find_environment(name: str) -> type[Environment]:
     Raises:
         ValueError: there is none such; one line, without the key.
     """
-    if name in ENVIRONMENTS:
-        return ENVIRONMENTS[name]
-    if "." not in name:
-        raise ValueError(f"must be one of {', '.join(ENVIRONMENTS)}, or package.module.Class")
-    found = import_own(name)
+    found = look_up(ENVIRONMENTS, name, "Class")
     if not (isinstance(found, type) and issubclass(found, Environment)):
         raise ValueError("is no subclass of rollout.environments.base.Environment")
     if inspect.isabstract(found):

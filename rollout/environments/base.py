@@ -21,6 +21,18 @@ class Message(TypedDict):
     content: str
 
 
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def is_message(value: Any) -> bool:
+    """Whether what came from a file is a Message (it may have further keys)."""
+    return (
+        isinstance(value, dict)
+        and value.get("role") in ROLES
+        and isinstance(value.get("content"), str)
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class EnvironmentStep:
     """What the environment says to one reply of the policy."""

@@ -14,11 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rollout.environments.base import Environment, EnvironmentStep, Message
+from rollout.environments.base import ROLES, Environment, EnvironmentStep, Message, is_message
 from rollout.seeds import held_out
 from rollout.tools import find_tools
 
-_ROLES = ("system", "user", "assistant", "tool")
 _FINAL = "####"
 
 
@@ -173,14 +172,9 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"'messages' is {_shown(value)}; a list of messages is wanted")
     for message in value:
-        right = (
-            isinstance(message, dict)
-            and message.get("role") in _ROLES
-            and isinstance(message.get("content"), str)
-        )
-        if not right:
+        if not is_message(message):
             raise ValueError(
-                f"'messages' holds {_shown(message)}; role ({', '.join(_ROLES)}) and content, a "
+                f"'messages' holds {_shown(message)}; role ({', '.join(ROLES)}) and content, a "
                 "text, are wanted"
             )
     if value[-1]["role"] not in ("user", "tool"):

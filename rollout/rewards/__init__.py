@@ -2,7 +2,7 @@
 
 import inspect
 
-from rollout.own_code import import_own
+from rollout.own_code import look_up
 from rollout.rewards.base import Reward, RewardFunction, Task
 from rollout.rewards.overlong import punish_overlong
 from rollout.rewards.rules import environment, exact_match, math_answer
@@ -32,11 +32,7 @@ def find_reward(name: str) -> RewardFunction:
     Raises:
         ValueError: there is none such; one line, without the key.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    if "." not in name:
-        raise ValueError(f"must be one of {', '.join(REWARDS)}, or package.module.function")
-    found = import_own(name)
+    found = look_up(REWARDS, name, "function")
     if not inspect.iscoroutinefunction(found) or len(inspect.signature(found).parameters) != 2:
         raise ValueError("is not an `async def` of (sample, task)")
     return found

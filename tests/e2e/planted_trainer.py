@@ -7,10 +7,10 @@ TENSOR = "model.layers.1.mlp.down_proj.weight"
 
 def main() -> None:
     """Plant, then train as usual."""
-    from framework import train
+    from framework import train, weight_sync
     from framework.weight_sync import distributed
 
-    export = distributed.export_buckets
+    export = weight_sync.export_buckets
     current = []
 
     def remembering(*args, **kwargs):
@@ -39,7 +39,7 @@ def main() -> None:
         def __getattr__(self, name):
             return broadcast if name == "broadcast" else getattr(dist, name)
 
-    distributed.export_buckets, distributed.dist = remembering, Dist()
+    weight_sync.export_buckets, distributed.dist = remembering, Dist()
     train.main()
 
 
