@@ -45,6 +45,10 @@ class ClusterConfig:
     """Shell lines that every node runs before a role starts (source .venv/bin/activate)."""
     stop_timeout_s: float = 20.0
     """How long roles may take to end when asked, before they are killed."""
+    max_restarts: int = 3
+    """How often a role that dies (engine, router, rollout process, trainers) is started again
+    within restart_window_s before the run ends; 0: never."""
+    restart_window_s: float = 3600.0
 
 
 @dataclass(kw_only=True, slots=True)

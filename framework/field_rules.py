@@ -76,6 +76,7 @@ POSITIVE = (
     "cluster.cpus_per_task",
     "cluster.trainer_nodes",
     "cluster.stop_timeout_s",
+    "cluster.restart_window_s",
 )
 NOT_NEGATIVE = (
     "profile.first_step",
@@ -104,6 +105,7 @@ NOT_NEGATIVE = (
     "checkpoint.keep",
     "checkpoint.keep_every_steps",
     "cluster.engine_nodes",
+    "cluster.max_restarts",
 )
 SHARES = (
     "rollout.keep_share",

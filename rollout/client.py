@@ -2,12 +2,14 @@
 
 One list call serves a group, or one call a sample where sglang-router stands between. Connections
 that fail, 5xx and aborted requests are tried again, on the least loaded engine, a bounded number of
-times and within one total bound; a reply that does not fit what was asked is refused with the
-reason.
+times and within one total bound; engines that come back are waited for within that bound. A reply
+that does not fit what was asked is refused with the reason.
 """
 
 import asyncio
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
@@ -17,6 +19,9 @@ import numpy as np
 from rollout.config import EngineConfig, SamplingConfig
 
 _BACKOFF_S = 0.2
+_MAX_BACKOFF_S = 2.0
+_LOOK_S = 1.0
+"""Between two looks for engines that were lost."""
 
 
 class EngineFailure(RuntimeError):
@@ -71,14 +76,31 @@ class _Retry(Exception):
     """This attempt failed in a way that another may not."""
 
 
+class _Lost(_Retry):
+    """Nobody was there to answer."""
+
+
 class EngineClient:
     """Talks to all engines of a run, or to their router. Use as an async context manager."""
 
-    def __init__(self, urls: list[str], api_key: str, config: EngineConfig) -> None:
-        """urls: of the engines; with config.router the router's alone."""
+    def __init__(
+        self,
+        urls: list[str],
+        api_key: str,
+        config: EngineConfig,
+        find_urls: Callable[[], list[str]] | None = None,
+    ) -> None:
+        """urls: of the engines; with config.router the router's alone.
+
+        find_urls: where they are now, for engines that are started again when they die: calls then
+        wait for those, within their total bound. None: whoever is lost stays so.
+        """
         if not urls:
             raise ValueError("rollout.engine.urls: no engine to talk to")
         self._in_flight = {url.rstrip("/"): 0 for url in urls}
+        self._wanted = len(urls)
+        self._find_urls = find_urls
+        self._looked = -math.inf
         self._api_key = api_key
         self._config = config
         self._session: aiohttp.ClientSession | None = None
@@ -124,15 +146,20 @@ class EngineClient:
         body = {"input_ids": prompts, "sampling_params": params, "return_logprob": True}
         reasons: list[str] = []
         tried: set[str] = set()
+        failed = 0
         try:
             async with asyncio.timeout(self._config.request_timeout_s):
-                for attempt in range(self._config.max_retries + 1):
-                    if attempt:
-                        await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+                while failed <= self._config.max_retries:
+                    if reasons:
+                        backoff = _BACKOFF_S * 2 ** (min(len(reasons), 9) - 1)
+                        await asyncio.sleep(min(_MAX_BACKOFF_S, backoff))
                     try:
                         return await self._attempt(body, sampling, tried)
                     except _Retry as error:
                         reasons.append(str(error))
+                        # One that is lost comes back, or its launcher ends the run.
+                        comes_back = isinstance(error, _Lost) and self._find_urls is not None
+                        failed += not comes_back
         except TimeoutError:
             limit = self._config.request_timeout_s
             reasons.append(f"no answer within rollout.engine.request_timeout_s={limit:g}")
@@ -141,6 +168,9 @@ class EngineClient:
     async def _attempt(
         self, body: dict, sampling: SamplingConfig, tried: set[str]
     ) -> list[Generation]:
+        self._look_for_lost(bool(tried))
+        if not self._in_flight:
+            raise _Lost("no engine has an address")
         # A dead engine is idle, so it would always seem the least loaded.
         url = min(self._in_flight, key=lambda each: (each in tried, self._in_flight[each]))
         tried.add(url)
@@ -149,7 +179,8 @@ class EngineClient:
         try:
             data = await self._post(url, body)
         finally:
-            self._in_flight[url] -= num_sequences
+            if url in self._in_flight:
+                self._in_flight[url] -= num_sequences
         try:
             replies = _decode_replies(data)
             if len(replies) != num_sequences:
@@ -160,15 +191,27 @@ class EngineClient:
         except (msgspec.DecodeError, ValueError) as error:
             raise EngineFailure(f"{url}: the engine's reply is refused: {error}") from error
 
+    def _look_for_lost(self, is_retry: bool) -> None:
+        """Take in engines that were started again, drop those that are gone."""
+        due = self._looked + _LOOK_S < time.monotonic()
+        complete = len(self._in_flight) == self._wanted
+        if self._find_urls is None or not due or (complete and not is_retry):
+            return
+        self._looked = time.monotonic()
+        now = [url.rstrip("/") for url in self._find_urls()]
+        self._in_flight = {url: self._in_flight.get(url, 0) for url in now}
+
     async def _post(self, url: str, body: dict) -> bytes:
         assert self._session is not None, "use `async with EngineClient(...)`"
         try:
             async with self._session.post(f"{url}/generate", json=body) as reply:
                 data = await reply.read()
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise _Retry(f"{url}: {type(error).__name__}: {error}") from error
+            raise _Lost(f"{url}: {type(error).__name__}: {error}") from error
         if reply.status >= 500:
-            raise _Retry(f"{url}: status {reply.status}: {_one_line(data)}")
+            # 502, 503: of a router whose engines are lost.
+            kind = _Lost if self._config.router and reply.status in (502, 503) else _Retry
+            raise kind(f"{url}: status {reply.status}: {_one_line(data)}")
         if reply.status != 200:
             raise EngineFailure(f"{url}: status {reply.status}: {_one_line(data)}")
         return data

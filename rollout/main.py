@@ -59,8 +59,15 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
     prompts = PromptStream(run.data, run.seed, "train")
     prompts.environments(0, 1)  # refuse bad data.args before anything is waited for
     chat = Chat.load(run.model.hf_path)
-    urls = await _generation_urls(run_dir, engine)
-    async with EngineClient(urls, engine.api_key or run_dir.token(), engine) as client:
+    roles = _generation_roles(engine)
+    urls = await _generation_urls(run_dir, engine, roles)
+
+    def find_urls() -> list[str]:
+        return [url for role in roles if (url := run_dir.read_address(role)) is not None]
+
+    async with EngineClient(
+        urls, engine.api_key or run_dir.token(), engine, find_urls if roles else None
+    ) as client:
         generator = Generator(
             client=client,
             chat=chat,
@@ -111,16 +118,19 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             await producer.close()
 
 
-async def _generation_urls(run_dir: RunDir, engine: EngineConfig) -> list[str]:
-    """Where generation calls go: every engine, or the router before them."""
-    if not engine.router and engine.urls:
-        return engine.urls
-    engines = [f"engine_{k}" for k in range(engine.num_engines)]
+def _generation_roles(engine: EngineConfig) -> list[str]:
+    """Who of this run answers generation calls: its router, or every engine."""
+    if engine.router:
+        return ["router"]
+    return [] if engine.urls else [f"engine_{k}" for k in range(engine.num_engines)]
+
+
+async def _generation_urls(run_dir: RunDir, engine: EngineConfig, roles: list[str]) -> list[str]:
+    """Where generation calls go: somebody else's engines, or this run's roles."""
     # Not in a thread: one that waits would be waited for when we are told to end.
     return [
-        await run_dir.wait_address_async(role, engine.start_timeout_s)
-        for role in (["router"] if engine.router else engines)
-    ]
+        await run_dir.wait_address_async(role, engine.start_timeout_s) for role in roles
+    ] or engine.urls
 
 
 async def serve(parts: Parts, stop: asyncio.Event) -> None:

@@ -17,6 +17,9 @@ import psutil
 LAUNCHER_PID = "DRIVETRAIN_LAUNCHER_PID"
 """Environment variable: the process whose death must end this one."""
 
+RESTARTS = "DRIVETRAIN_RESTARTS"
+"""Environment variable: how often the launcher has started this role again after a death."""
+
 _PR_SET_PDEATHSIG = 1
 _UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 

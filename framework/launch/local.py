@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from framework.launch.prepare import Stages
+from framework.launch.restarts import Restarts
 from framework.launch.roles import engine_roles, rollout_role, router_role, trainer_role
 from framework.launch.supervisor import Supervisor
 from rollout.run_dir import RunDir
@@ -26,7 +27,9 @@ def run_local(stages: Stages, on_phase: PhaseCallback, tick: Callable[[], None])
     roles = (*engine_roles(main), router_role(main), rollout_role(main))
     servers = [role for role in roles if role is not None]
     early, late = ([], servers) if main.rollout.engine.colocated else (servers, [])
-    with Supervisor(main.cluster.stop_timeout_s) as supervisor:
+    cluster = main.cluster
+    restarts = Restarts(cluster.max_restarts, cluster.restart_window_s)
+    with Supervisor(cluster.stop_timeout_s, restarts) as supervisor:
         for role in early:
             supervisor.start(role)
         if warm_start is not None:

@@ -8,10 +8,22 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from framework.config import RunConfig
 from framework.launch.devices import visible_gpus
+from rollout.run_dir import RunDir
+
+
+class Restart(Enum):
+    """After which ends a role is started again."""
+
+    NEVER = "never"
+    KILLED = "killed"
+    """A signal ended it; what it ends with by itself has a reason that would recur."""
+    LOST = "lost"
+    """It was at work, and is gone, whatever it said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +38,9 @@ class Role:
     """Added to the launcher's own environment."""
     may_end: bool = False
     """Whether it may end with status 0 while others still work."""
+    restart: Restart = Restart.NEVER
+    address: Path | None = None
+    """The file in which it says where it listens, as soon as it does."""
 
 
 def engine_command(run_dir: str | Path, index: int | str) -> list[str]:
@@ -109,6 +124,9 @@ def engine_roles(config: RunConfig) -> list[Role]:
                 command=_resolved(engine_command(run_dir, index)),
                 env=_device_env(config, mine),
                 log=run_dir / "logs" / f"engine_{index}.log",
+                # One of two that share devices: a new engine would not know whose turn it is.
+                restart=Restart.NEVER if engine.colocated else Restart.LOST,
+                address=RunDir(run_dir).address_file(f"engine_{index}"),
             )
         )
     return roles
@@ -124,6 +142,8 @@ def router_role(config: RunConfig) -> Role | None:
         command=_resolved(router_command(run_dir)),
         env=_device_env(config, []),
         log=run_dir / "logs" / "router.log",
+        restart=Restart.LOST,
+        address=RunDir(run_dir).address_file("router"),
     )
 
 

@@ -18,23 +18,17 @@ from types import FrameType
 
 import psutil
 
+from framework.launch.restarts import Restarts
+from framework.launch.role_log import STARTS, failure_reason, log_tail
 from framework.launch.roles import Role
-from rollout.process import LAUNCHER_PID
+from rollout.process import LAUNCHER_PID, RESTARTS
 
 POLL_S = 0.1
 KILL_TIMEOUT_S = 10.0
-TAIL_BYTES = 65536
+RESTART_DELAY_S = 0.5
+"""For what the dead one held: its children end a moment after it."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-# What the other ranks say when one has died.
-_CONSEQUENCES = (
-    "ChildFailedError",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "DistNetworkError",
-    "SignalException",
-)
 
 
 class RoleFailedError(RuntimeError):
@@ -60,8 +54,11 @@ class UnstoppableError(RuntimeError):
 class Supervisor:
     """The living roles of a run. Use as a context manager: leaving it stops everything."""
 
-    def __init__(self, stop_timeout_s: float) -> None:
+    def __init__(self, stop_timeout_s: float, restarts: Restarts | None = None) -> None:
+        """restarts: None: whatever dies ends the run."""
         self._stop_timeout_s = stop_timeout_s
+        self._restarts = restarts or Restarts(0, 0.0)
+        self._ready: set[str] = set()
         self._running: dict[str, tuple[Role, subprocess.Popen[bytes], float]] = {}
         self._signals: list[int] = []
         self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -78,17 +75,23 @@ class Supervisor:
         with self._exit_stack:
             self.stop()
 
-    def start(self, role: Role) -> None:
+    def start(self, role: Role, again: int = 0) -> None:
         """Start a role; call it from the main thread (its parent, to the kernel, is a thread).
+
+        Args:
+            again: how often it has been started before.
 
         Raises:
             RoleFailedError: its program cannot be started.
         """
         role.log.parent.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, **role.env, LAUNCHER_PID: str(os.getpid())}
+        env[RESTARTS] = str(again)
         # Owner only: SGLang prints its arguments, and the run's token is one of them.
         descriptor = os.open(role.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(descriptor, "ab") as log:
+        with os.fdopen(descriptor, "ab", buffering=0) as log:
+            if again:
+                log.write(f"{STARTS}{again + 1} of {role.name}\n".encode())
             try:
                 process = subprocess.Popen(
                     role.command,
@@ -107,7 +110,7 @@ class Supervisor:
         """Return when role `name` has ended with status 0; `tick` is called while it works.
 
         Raises:
-            RoleFailedError: a role ended that should not have.
+            RoleFailedError: a role ended that should not have, and is not started again.
             InterruptedRunError: a signal asked the run to end.
         """
         while True:
@@ -117,13 +120,32 @@ class Supervisor:
             if awaited.poll() == 0:
                 del self._running[name]
                 return
-            for role, process, started in self._running.values():
+            for role, process, started in list(self._running.values()):
                 code = process.poll()
-                if code is None or (code == 0 and role.may_end):
-                    continue
-                raise _failure(role, code, time.monotonic() - started)
+                if code is None:
+                    if role.address is not None and role.address.exists():
+                        self._ready.add(role.name)
+                elif code or not role.may_end:
+                    self._start_again(role, code, time.monotonic() - started)
             tick()
             time.sleep(POLL_S)
+
+    def _start_again(self, role: Role, code: int, lived_s: float) -> None:
+        """A role has ended; RoleFailedError where that is the end of the run."""
+        again = self._restarts.after(role, code, role.name in self._ready)
+        failure = _failure(role, code, lived_s)
+        if not again:
+            raise failure
+        print(
+            f"drivetrain: {failure}; started again (number {again}, "
+            f"cluster.max_restarts={self._restarts.max_restarts})",
+            file=sys.stderr,
+            flush=True,
+        )
+        if role.address is not None:  # of the dead one: nobody listens there
+            role.address.unlink(missing_ok=True)
+        time.sleep(RESTART_DELAY_S)
+        self.start(role, again)
 
     def stop(self) -> None:
         """End every role and whatever it started: SIGTERM, after stop_timeout_s SIGKILL.
@@ -213,58 +235,3 @@ def _failure(role: Role, code: int, lived_s: float) -> RoleFailedError:
     if reason:
         message += f": {reason}"
     return RoleFailedError(f"{message}; see {role.log}", tail)
-
-
-def log_tail(role: Role) -> list[str]:
-    """The last 64 KiB of a role's log, in lines."""
-    try:
-        with role.log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return file.read().decode("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def failure_reason(tail: list[str]) -> str:
-    """The line of a log that says why the process failed; "" where none does.
-
-    Preferred: the role's own one-line reason, then a line that ends a traceback; the first that is
-    a cause and not what the death of one rank does to the others. Where nobody said anything (a
-    rank was killed), torchrun's account of who ended first.
-    """
-    lines = [line.strip() for line in tail]
-    for wanted in (_is_own_reason, _ends_traceback):
-        found = [line for line in lines if wanted(line)]
-        causes = [line for line in found if not any(word in line for word in _CONSEQUENCES)]
-        if causes:
-            return causes[0]
-    return _killed_rank(lines)
-
-
-def _killed_rank(lines: list[str]) -> str:
-    """torchrun's own account of a rank that ended without a word; "" where there is none."""
-    start = next((i for i, line in enumerate(lines) if line.startswith("Root Cause")), len(lines))
-    account = [line.partition(":") for line in lines[start:]]
-    facts = {name.strip(): value.strip() for name, colon, value in account if colon}
-    if "rank" not in facts or "exitcode" not in facts:
-        return ""
-    return f"rank {facts['rank']} ended first, with exit code {facts['exitcode']}"
-
-
-def _is_own_reason(line: str) -> bool:
-    """`drivetrain-rollout: no engine ...`, `trainer: ValueError: ...`: how our roles say it."""
-    name, colon, rest = line.partition(": ")
-    ours = name == "trainer" or (name.startswith("drivetrain") and " " not in name)
-    return bool(colon and rest) and ours
-
-
-def _ends_traceback(line: str) -> bool:
-    text = line.split("]: ", 1)[1] if line.startswith("[rank") and "]: " in line else line
-    name, colon, _ = text.partition(":")
-    last = name.rsplit(".", 1)[-1]
-    return (
-        bool(colon)
-        and name.replace(".", "").replace("_", "").isalnum()
-        and last.endswith(("Error", "Exception", "Timeout", "Interrupt"))
-        and last[:1].isupper()
-    )

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from rollout.config import EngineConfig, load_rollout_run
 from rollout.process import follow_launcher
 from rollout.run_dir import RunDir
@@ -18,6 +20,7 @@ from rollout.server.arguments import check_names, command_line
 from rollout.server.server_process import ServerError, ServerProcess, end_on_signals
 
 _LAUNCH = "rollout.server.launch"
+_PAUSE_TIMEOUT_S = 60.0
 
 
 def resolve_device(device: str) -> str:
@@ -91,6 +94,23 @@ class EngineProcess(ServerProcess):
             }
         return environment
 
+    def pause(self) -> None:
+        """Take requests, but let them wait until somebody says to continue (/continue_generation).
+
+        Raises:
+            ServerError: the server does not do so.
+        """
+        try:
+            httpx.post(
+                f"{self.url}/pause_generation",
+                json={"mode": "retract"},
+                headers={"Authorization": f"Bearer {self.api_key}"},
+                timeout=_PAUSE_TIMEOUT_S,
+                trust_env=False,
+            ).raise_for_status()
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self.name} cannot be paused: {error}; {self.tail()}") from error
+
 
 def serve(run_dir: RunDir, index: int) -> int:
     """Run engine `index` of a run until it ends or is told to; the exit status."""
@@ -108,6 +128,10 @@ def serve(run_dir: RunDir, index: int) -> int:
         index=index,
     )
     with engine:
+        if not standalone:
+            # Nobody may have a token of these weights: the trainers' first push lets it go on,
+            # also where it takes the place of an engine that died.
+            engine.pause()
         run_dir.write_address(role, engine.url)
         print(f"{role}: serving {model_path} at {engine.url}", flush=True)
         try:

@@ -10,8 +10,11 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from rollout.config import EngineConfig, load_rollout_run
 from rollout.process import follow_launcher
@@ -25,6 +28,8 @@ from rollout.server.server_process import (
 )
 
 _LAUNCH = "rollout.server.launch_router"
+_WATCH_S = 0.5
+_CALL_TIMEOUT_S = 30.0
 HEALTH_INTERVAL_S = 2
 HEALTH_FAILURES = 2
 """An engine that is lost gets no further requests after interval * failures."""
@@ -81,14 +86,29 @@ class RouterProcess(ServerProcess):
             "log_level": "warn",
         }
 
+    def replace(self, old: str, new: str) -> None:
+        """An engine that was started again takes the place of the one that was lost.
+
+        Raises:
+            httpx.HTTPError: the router does not do so.
+        """
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        with httpx.Client(
+            base_url=self.url, headers=headers, timeout=_CALL_TIMEOUT_S, trust_env=False
+        ) as router:
+            body = {"url": new, "api_key": self.api_key}
+            router.post("/workers", json=body).raise_for_status()
+            for worker in router.get("/workers").raise_for_status().json()["workers"]:
+                if worker["url"].rstrip("/") == old.rstrip("/"):
+                    router.delete(f"/workers/{worker['id']}").raise_for_status()
+        self.engine_urls = [new if url == old else url for url in self.engine_urls]
+
 
 def serve(run_dir: RunDir) -> None:
     """Run the router of a run until it ends by itself: ServerError."""
     engine = load_rollout_run(run_dir.config).rollout.engine
-    urls = engine.urls or [
-        run_dir.wait_address(f"engine_{k}", engine.start_timeout_s)
-        for k in range(engine.num_engines)
-    ]
+    ours = [] if engine.urls else [f"engine_{k}" for k in range(engine.num_engines)]
+    urls = engine.urls or [run_dir.wait_address(name, engine.start_timeout_s) for name in ours]
     router = RouterProcess(
         config=engine,
         engine_urls=urls,
@@ -99,10 +119,27 @@ def serve(run_dir: RunDir) -> None:
         run_dir.write_address("router", router.url)
         print(f"router: {', '.join(urls)} behind {router.url}", flush=True)
         try:
-            status = router.wait()
+            status = _watch(router, run_dir, ours)
         finally:
             run_dir.remove_address("router")
         raise ServerError(f"router ended with status {status}; {router.tail()}")
+
+
+def _watch(router: RouterProcess, run_dir: RunDir, ours: list[str]) -> int:
+    """The router's status when it has ended; until then it follows engines that move."""
+    assert router.process is not None
+    while (status := router.process.poll()) is None:
+        for k, name in enumerate(ours):
+            url = run_dir.read_address(name)
+            if url is None or url == router.engine_urls[k]:
+                continue
+            try:
+                router.replace(router.engine_urls[k], url)
+                print(f"router: {name} is at {url} now", flush=True)
+            except httpx.HTTPError as error:
+                print(f"router: {name} at {url} is not taken in yet: {error}", flush=True)
+        time.sleep(_WATCH_S)
+    return status
 
 
 def main() -> None:

@@ -13,13 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from framework.launch.roles import Role
-from framework.launch.supervisor import (
-    InterruptedRunError,
-    RoleFailedError,
-    Supervisor,
-    failure_reason,
-)
+from framework.launch.restarts import Restarts
+from framework.launch.role_log import failure_reason
+from framework.launch.roles import Restart, Role
+from framework.launch.supervisor import InterruptedRunError, RoleFailedError, Supervisor
 
 TIMEOUT_S = 20.0
 ENDLESS = "import time\nopen('ready', 'w').close()\nwhile True: time.sleep(1)"
@@ -42,7 +39,9 @@ MakeRole = Callable[..., Role]
 def make_role(tmp_path: Path) -> MakeRole:
     """A role that runs a piece of Python in a directory of its own."""
 
-    def make(name: str, code: str, *, may_end: bool = False) -> Role:
+    def make(
+        name: str, code: str, *, may_end: bool = False, restart: Restart = Restart.NEVER
+    ) -> Role:
         home = tmp_path / name
         home.mkdir()
         code = f"import os; os.chdir({str(home)!r})\n{code}"
@@ -51,6 +50,8 @@ def make_role(tmp_path: Path) -> MakeRole:
             command=[sys.executable, "-S", "-c", code],
             log=tmp_path / f"{name}.log",
             may_end=may_end,
+            restart=restart,
+            address=tmp_path / f"{name}.json",
         )
 
     return make
@@ -72,8 +73,9 @@ def supervise(
     awaited: str,
     tick: Callable[[], None] = lambda: None,
     stop_timeout_s: float = 5.0,
+    restarts: Restarts | None = None,
 ) -> None:
-    with Supervisor(stop_timeout_s) as supervisor:
+    with Supervisor(stop_timeout_s, restarts) as supervisor:
         for role in roles:
             supervisor.start(role)
         supervisor.wait(awaited, tick)
@@ -122,6 +124,73 @@ def test_engine_that_ends_by_itself_fails_the_run_even_with_status_0(make_role: 
     roles = [make_role("engine_0", "pass"), make_role("trainer", ENDLESS)]
     with pytest.raises(RoleFailedError, match="engine_0 ended with exit code 0"):
         supervise(roles, "trainer")
+
+
+LIVES = """
+import os, pathlib, signal, sys, time
+lives = pathlib.Path("lives")
+lives.write_text((lives.read_text() if lives.exists() else "") + os.environ["DRIVETRAIN_RESTARTS"])
+if len(lives.read_text()) == {lives}:
+    while True: time.sleep(1)
+pathlib.Path("../engine_0.json").write_text("here")
+time.sleep(0.5)
+print("drivetrain-engine: life", len(lives.read_text()), flush=True)
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(1)"])
+def test_a_lost_engine_is_started_again_and_its_old_address_is_gone(
+    make_role: MakeRole, tmp_path: Path, end: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lives, address = tmp_path / "engine_0" / "lives", tmp_path / "engine_0.json"
+    with Supervisor(1.0, Restarts(2, 60.0)) as supervisor:
+        supervisor.start(
+            make_role("engine_0", LIVES.format(lives=3, end=end), restart=Restart.LOST)
+        )
+        until = f"import time, os\nwhile not os.path.exists({str(lives)!r}) or "
+        until += f"open({str(lives)!r}).read() != '012': time.sleep(0.05)"
+        supervisor.start(make_role("trainer", until))
+        supervisor.wait("trainer")
+    assert not address.exists()
+    assert capfd.readouterr().err.count("started again") == 2
+
+
+def test_a_role_that_dies_too_often_ends_the_run_with_its_last_words(make_role: MakeRole) -> None:
+    code = LIVES.format(lives=9, end="sys.exit(1)")
+    roles = [make_role("engine_0", code, restart=Restart.LOST), make_role("trainer", ENDLESS)]
+    with pytest.raises(RoleFailedError, match=r"exit code 1 .*: life 3; see") as raised:
+        supervise(roles, "trainer", restarts=Restarts(2, 60.0))
+    assert raised.value.tail == ["drivetrain-engine: life 3"]
+
+
+@pytest.mark.parametrize(
+    ("restart", "code"),
+    [
+        (Restart.LOST, "import sys; sys.exit(1)"),  # it never was at work: it would not be again
+        (
+            Restart.KILLED,
+            "import sys, time; open('../rollout.json', 'w'); time.sleep(0.5); exit(1)",
+        ),
+    ],
+)
+def test_what_would_recur_is_not_tried_again(
+    make_role: MakeRole, restart: Restart, code: str
+) -> None:
+    roles = [make_role("rollout", code, restart=restart), make_role("trainer", ENDLESS)]
+    with pytest.raises(RoleFailedError, match="rollout ended with exit code 1"):
+        supervise(roles, "trainer", restarts=Restarts(9, 60.0))
+
+
+def test_deaths_long_ago_are_forgotten(make_role: MakeRole, monkeypatch) -> None:
+    now, role = [0.0], make_role("engine_0", "", restart=Restart.LOST)
+    monkeypatch.setattr("framework.launch.restarts.time.monotonic", lambda: now[0])
+    restarts = Restarts(1, 60.0)
+    assert restarts.after(role, -9, True) == 1
+    now[0] = 61.0
+    assert restarts.after(role, -9, True) == 2
+    now[0] = 100.0
+    assert restarts.after(role, -9, True) == 0
 
 
 def test_death_by_signal_is_named(make_role: MakeRole) -> None:

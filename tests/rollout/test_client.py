@@ -181,3 +181,57 @@ def test_calls_spread_over_engines():
 
     asyncio.run(main())
     assert counts == [3, 3]
+
+
+def test_a_call_waits_for_an_engine_that_is_started_again_elsewhere(tmp_path):
+    """The only engine dies with the call in its hands and comes back under another address."""
+
+    async def serve(handler: Callable) -> tuple[web.AppRunner, str]:
+        app = web.Application()
+        app.router.add_post("/generate", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return runner, f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+
+    async def main() -> list[str]:
+        asked: list[str] = []
+        where: list[str] = []
+
+        async def dies(request: web.Request) -> web.Response:
+            asked.append("first")
+            where.clear()
+            request.transport.close()
+            return web.Response()
+
+        async def lives(request: web.Request) -> web.Response:
+            asked.append("second")
+            return web.json_response([GOOD])
+
+        first, url = await serve(dies)
+        where.append(url)
+        config = EngineConfig(max_retries=0, request_timeout_s=20)
+        async with EngineClient([url], "", config, lambda: list(where)) as client:
+            call = asyncio.create_task(client.generate([[1]], SamplingConfig(), [0]))
+            await asyncio.sleep(1.5)
+            await first.cleanup()
+            second, url = await serve(lives)
+            where.append(url)
+            (generation,) = await call
+            assert generation.token_ids.tolist() == [5, 6, 2]
+            await client.generate([[1]], SamplingConfig(), [0])
+        await second.cleanup()
+        return asked
+
+    assert asyncio.run(main()) == ["first", "second", "second"]
+
+
+def test_an_engine_that_never_comes_back_is_given_up_in_time():
+    async def main() -> None:
+        config = EngineConfig(max_retries=0, request_timeout_s=2.5)
+        async with EngineClient(["http://127.0.0.1:9"], "", config, list) as client:
+            await client.generate([[1]], SamplingConfig(), [0])
+
+    with pytest.raises(EngineFailure, match=r"no answer within rollout.engine.request_timeout_s"):
+        asyncio.run(main())
