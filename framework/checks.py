@@ -167,6 +167,9 @@ def _waits(config: RunConfig) -> Iterator[str]:
         f"rollout.batch_timeout_s={config.rollout.batch_timeout_s:g}": (
             config.rollout.batch_timeout_s
         ),
+        f"rollout.reconnect_timeout_s={config.rollout.reconnect_timeout_s:g}": (
+            config.rollout.reconnect_timeout_s
+        ),
         f"rollout.engine.start_timeout_s={engine.start_timeout_s:g}": engine.start_timeout_s,
         f"weight_sync.timeout_s={sync.timeout_s:g}{' x 2' * (calls - 1)}": calls * sync.timeout_s,
     }

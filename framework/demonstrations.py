@@ -53,7 +53,7 @@ class DemonstrationSource:
         """A batch is a function of its step."""
         return b""
 
-    def restore(self, state: bytes) -> None:
+    def restore(self, step: int, state: bytes) -> None:
         """The step is enough."""
 
     def finish(self) -> None:

@@ -58,6 +58,7 @@ POSITIVE = (
     "rollout.engine.start_timeout_s",
     "rollout.engine.request_timeout_s",
     "rollout.batch_timeout_s",
+    "rollout.reconnect_timeout_s",
     "rollout.keep_share",
     "rollout.max_refills",
     "rollout.max_body_bytes",

@@ -21,7 +21,7 @@ from framework.checkpoints import (
 from framework.compose import load_run_config
 from framework.config import RunConfig
 from framework.preference_checks import is_paired, needs_reference
-from rollout.process import follow_launcher
+from rollout.process import RESTARTS, follow_launcher
 from rollout.run_dir import RunDir
 
 
@@ -72,8 +72,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     logger = None
     if mesh.rank == 0:
         logger = MetricsLogger(run_dir.path, tensorboard=config.tracker.tensorboard, done=done)
-        if found is not None:
-            source.restore(found.rollout_state())
+        source.restore(done, found.rollout_state() if found is not None else b"")
     dist.barrier()  # no rank asks for batches before they are the right ones
     sync = open_weight_sync(config, run_dir, mesh.rank, policy, plan, engines) if live else None
     trainer = trainer_class(config)(
@@ -198,7 +197,8 @@ def resume_point(config: RunConfig, run_dir: RunDir, rank: int) -> Checkpoint | 
 
 def _find_resume_point(config: RunConfig, run_dir: RunDir) -> Checkpoint | None:
     resume = config.checkpoint.resume
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    starts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", RESTARTS))
+    restarted = any(int(count) > 0 for count in starts)
     remove_unfinished(run_dir.checkpoints)
     if resume == "never" and not restarted:
         return None
@@ -229,8 +229,15 @@ def batch_source(config: RunConfig, run_dir: RunDir):
     if config.mode == "train_only":
         return JournalSource(Path(config.replay_dir))
     timeout_s = config.rollout.batch_timeout_s
-    url = config.rollout.address or run_dir.wait_address("rollout", timeout_s)
-    return BufferClient(url, run_dir.token(), timeout_s)
+    if config.rollout.address:
+        return BufferClient(config.rollout.address, run_dir.token(), timeout_s)
+    return BufferClient(
+        run_dir.wait_address("rollout", timeout_s),
+        run_dir.token(),
+        timeout_s,
+        reconnect_s=config.rollout.reconnect_timeout_s,
+        find_url=lambda: run_dir.read_address("rollout"),
+    )
 
 
 if __name__ == "__main__":

@@ -171,6 +171,20 @@ class DataBuffer:
             dropped=dict(self.dropped),
         )
 
+    def outline(self) -> BufferState:
+        """The state without what was generated: finished groups are running ones in it."""
+        state = self.state_dict()
+        for group in state.accepted:
+            state.leases.append(Lease(group_id=group.group_id, start_version=group.start_version))
+        state.accepted = []
+        return state
+
+    def give_back_all(self) -> None:
+        """No running group was finished."""
+        for group_id in list(self._running):
+            self.give_back(group_id)
+        self._returned.sort(key=lambda lease: lease.group_id)
+
     def load_state_dict(self, state: BufferState) -> None:
         """Continue from a saved state, in a new buffer of the same settings."""
         self.version = state.version

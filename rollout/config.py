@@ -87,6 +87,9 @@ class RolloutConfig:
     """http://host:port of a rollout process started elsewhere; empty: in the run directory."""
     batch_timeout_s: float = 600.0
     """Longest wait of the trainers for one batch before the run fails and says what was missing."""
+    reconnect_timeout_s: float = 300.0
+    """How long the trainers try to reach a rollout process that died, until another has taken its
+    place."""
     max_body_bytes: int = 268435456
     """Largest HTTP request the rollout process accepts."""
 

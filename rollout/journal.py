@@ -23,6 +23,8 @@ class JournalEntry:
     batch: StepBatch
     samples: list[Sample]
     """In the order of batch.samples."""
+    state: bytes = b""
+    """A rollout.state.ProducerState, encoded: where generation stood after this delivery."""
 
 
 def step_path(rollouts: Path, step: int) -> Path:
@@ -30,15 +32,22 @@ def step_path(rollouts: Path, step: int) -> Path:
     return rollouts / f"step_{step:06d}.msgpack"
 
 
-def write_step(rollouts: Path, batch: StepBatch, samples: list[Sample]) -> Path:
+def write_step(rollouts: Path, batch: StepBatch, samples: list[Sample], state: bytes = b"") -> Path:
     """Write one step, atomically; its path."""
     path = step_path(rollouts, batch.step)
-    write_atomic(path, encode(JournalEntry(format=_FORMAT, batch=batch, samples=samples)))
+    entry = JournalEntry(format=_FORMAT, batch=batch, samples=samples, state=state)
+    write_atomic(path, encode(entry))
     return path
 
 
 def read_step(path: Path) -> tuple[StepBatch, list[Sample]]:
     """Read one step; ValueError names the file when it is missing or not what it should be."""
+    entry = read_entry(path)
+    return entry.batch, entry.samples
+
+
+def read_entry(path: Path) -> JournalEntry:
+    """The same with all that the file holds."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -59,7 +68,7 @@ def read_step(path: Path) -> tuple[StepBatch, list[Sample]]:
                 raise ValueError(f"sample {found} is not {described}, as its batch says")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return entry.batch, entry.samples
+    return entry
 
 
 def list_steps(rollouts: Path) -> list[Path]:

@@ -180,7 +180,7 @@ async def _first_of(*ends: "asyncio.Event | asyncio.Task") -> None:
 async def collect(parts: Parts) -> None:
     """mode=rollout_only: journal num_steps batches of version 0."""
     parts.producer.publish(0)
-    for step in range(parts.run.num_steps):
+    for step in range(parts.producer.buffer.next_step, parts.run.num_steps):
         delivered = await parts.producer.batch(step, parts.run.rollout.batch_timeout_s)
         if delivered is None:
             raise ProducerFailure(
@@ -220,6 +220,7 @@ async def run(run_dir: RunDir) -> None:
 
 async def _work(run_dir: RunDir, stop: asyncio.Event, serving: asyncio.Event) -> None:
     async with assemble(run_dir) as parts:
+        parts.producer.recover()
         match parts.run.mode:
             case "train":
                 serving.set()

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from rollout.state import ProducerState
+
 
 @dataclass(kw_only=True, slots=True)
 class BatchRequest:
@@ -21,12 +23,18 @@ class SamplesRequest:
 
 @dataclass(kw_only=True, slots=True)
 class VersionRequest:
-    """POST /version (new groups may start), /evaluate (-> EvalResult), /state (-> ProducerState).
-
-    POST /restore takes a ProducerState.
-    """
+    """POST /version: new groups may start; /evaluate -> EvalResult; /state -> ProducerState."""
 
     version: int
+
+
+@dataclass(kw_only=True, slots=True)
+class RestoreRequest:
+    """POST /restore: the trainers begin at this step."""
+
+    step: int
+    state: ProducerState | None = None
+    """As /state gave it; None: they begin at the run's beginning."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,7 +6,6 @@ No polling: a published version starts groups, a finished group wakes the steps 
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rollout.batch import make_batch
@@ -17,26 +16,17 @@ from rollout.filters import FilterFailure, GroupFilters, keep_widest
 from rollout.generate import Episode, Generator
 from rollout.journal import drop_steps, read_step, step_path, write_step
 from rollout.seeds import derive_seed
+from rollout.state import STATE_FORMAT, ProducerState, newest_state, state_after, write_start
 from rollout.types import Group, Sample, Status, StepBatch
+from rollout.wire import encode
 
 logger = logging.getLogger(__name__)
 
 _STEPS_IN_MEMORY = 2
-_STATE_FORMAT = 1
 
 
 class ProducerFailure(RuntimeError):
     """Generation ended for good; the message is the reason."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ProducerState:
-    """What generation needs to go on from a step: part of a checkpoint."""
-
-    format: int
-    buffer: BufferState
-    prompts: dict[str, int]
-    """The prompt stream's cursor."""
 
 
 class Producer:
@@ -61,6 +51,10 @@ class Producer:
         self.failure: str | None = None
         """Why generation ended for good."""
         self.failed = asyncio.Event()
+        self._serving = -1
+        """The version that the engines have, as the trainers say; -1: they have said nothing."""
+        self._follows = False
+        """Somebody was here before us: trainers may be at an older version than the buffer."""
         self._prompts = prompts
         self._generator = generator
         self._samples_per_prompt = samples_per_prompt
@@ -77,8 +71,14 @@ class Producer:
         self._delivered: dict[int, tuple[StepBatch, list[Sample]]] = {}
 
     def publish(self, version: int) -> None:
-        """The engines have this version: start every group that it allows."""
-        self.buffer.publish(version)
+        """The engines have this version: start every group that it allows.
+
+        Trainers that replay the journal come to the buffer's version again; until then nothing
+        starts.
+        """
+        if version >= self.buffer.version or not self._follows:
+            self.buffer.publish(version)
+        self._serving = version
         self._admit()
 
     async def batch(self, step: int, wait_s: float) -> tuple[StepBatch, list[Sample]] | None:
@@ -95,41 +95,75 @@ class Producer:
             return None
         return await self._deliver(step)
 
-    def state_dict(self, step: int) -> ProducerState:
-        """Everything, between the delivery of step - 1 and that of `step`; ValueError elsewhere."""
+    async def state_dict(self, step: int) -> ProducerState:
+        """Everything, between the delivery of step - 1 and that of `step`; ValueError elsewhere.
+
+        Where trainers replay the journal, what it says of that moment.
+        """
+        if 0 < step < self.buffer.next_step:
+            path = step_path(self._rollouts, step - 1)
+            if (state := await asyncio.to_thread(state_after, path)) is not None:
+                return state
         if self.buffer.next_step != step:
             raise ValueError(
                 f"the state before step {step} was asked for; step {self.buffer.next_step} is next"
             )
-        return ProducerState(
-            format=_STATE_FORMAT,
-            buffer=self.buffer.state_dict(),
-            prompts=self._prompts.state_dict(),
-        )
+        return self._state(self.buffer.state_dict())
 
-    async def load_state_dict(self, state: ProducerState) -> None:
-        """Go on from a saved state, whatever was generated since; nothing starts before publish().
+    def _state(self, buffer: BufferState) -> ProducerState:
+        return ProducerState(format=STATE_FORMAT, buffer=buffer, prompts=self._prompts.state_dict())
 
-        The journal ends where the state does. ValueError: the state is not usable.
+    def recover(self) -> None:
+        """Take the place of the process that wrote our journal; before anything is published.
+
+        Groups it had not delivered are generated (again). ValueError: the journal is damaged.
         """
-        if state.format != _STATE_FORMAT:
-            raise ValueError(f"rollout state {state.format}; this version reads {_STATE_FORMAT}")
-        for group in state.buffer.accepted:
-            for sample in group.samples:
-                sample.check()
+        state = newest_state(self._rollouts)
+        if state is not None:
+            state.check()
+            self._load(state)
+            self._follows = True
+            logger.info("goes on before step %d", self.buffer.next_step)
+
+    async def go_back(self, step: int, state: ProducerState | None) -> None:
+        """Trainers begin at `step`; nothing starts before publish().
+
+        Steps from there on that are in our journal are delivered from it again. Where there are
+        none, generation goes on from `state`. ValueError: neither is possible.
+        """
+        if state is not None:
+            state.check()
         await self.close()
         async with self._delivery:
-            self.buffer.load_state_dict(state.buffer)
-            self._prompts.load_state_dict(state.prompts)
-            self._delivered.clear()
-            self._times.clear()
-            await asyncio.to_thread(drop_steps, self._rollouts, state.buffer.next_step)
+            if step < self.buffer.next_step and self._has_journaled(step):
+                self._follows = True
+            elif state is not None and state.buffer.next_step == step:
+                await asyncio.to_thread(drop_steps, self._rollouts, step)
+                await asyncio.to_thread(write_start, self._rollouts, state)
+                self._load(state)
+            elif step != self.buffer.next_step:
+                raise ValueError(
+                    f"trainers begin at step {step}, with no state of that moment; step "
+                    f"{self.buffer.next_step} is next"
+                )
+
+    def _has_journaled(self, step: int) -> bool:
+        steps = range(step, self.buffer.next_step)
+        return all(step_path(self._rollouts, each).exists() for each in steps)
+
+    def _load(self, state: ProducerState) -> None:
+        self.buffer.load_state_dict(state.buffer)
+        self._prompts.load_state_dict(state.prompts)
+        self._delivered.clear()
+        self._times.clear()
 
     async def close(self) -> None:
-        """Stop generating."""
+        """Stop generating, until something is published."""
+        self._serving = -1
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.buffer.give_back_all()
 
     async def _wait_for(self, step: int) -> None:
         async with self._changed:
@@ -156,6 +190,7 @@ class Producer:
             dropped = self.buffer.dropped
             groups = self.buffer.take()
             assert groups is not None, "the buffer promised a batch"
+            state = encode(self._state(self.buffer.outline()))
             kept = keep_widest(groups, self._keep_share)
             dropped["low_spread"] += len(groups) - len(kept)
             now = time.monotonic()  # groups that came with a checkpoint have no times
@@ -166,7 +201,7 @@ class Producer:
                 self._fail(f"every sample of step {step} failed: {samples[0].metadata['error']}")
                 raise ProducerFailure(str(self.failure))
             try:
-                await asyncio.to_thread(write_step, self._rollouts, batch, samples)
+                await asyncio.to_thread(write_step, self._rollouts, batch, samples, state)
             except OSError as error:
                 self._fail(f"the journal cannot be written: {error}")
                 raise ProducerFailure(str(self.failure)) from error
@@ -183,6 +218,8 @@ class Producer:
             return self._delivered[step]
 
     def _admit(self) -> None:
+        if self._serving < self.buffer.version:
+            return
         while self.failure is None and len(self._tasks) < self._max_running_groups:
             if (lease := self.buffer.lease()) is None:
                 return

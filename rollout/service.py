@@ -12,8 +12,14 @@ from starlette.routing import Route
 
 from rollout.client import EngineFailure
 from rollout.evaluate import Evaluator
-from rollout.messages import BatchRequest, Health, SamplesRequest, VersionRequest
-from rollout.producer import Producer, ProducerFailure, ProducerState
+from rollout.messages import (
+    BatchRequest,
+    Health,
+    RestoreRequest,
+    SamplesRequest,
+    VersionRequest,
+)
+from rollout.producer import Producer, ProducerFailure
 from rollout.wire import CONTENT_TYPE, decode, encode
 
 T = TypeVar("T")
@@ -153,17 +159,17 @@ class Service:
     async def _state(self, request: Request) -> Response:
         wanted = await self._read(request, VersionRequest)
         try:
-            return _message(self._producer.state_dict(wanted.version))
+            return _message(await self._producer.state_dict(wanted.version))
         except ValueError as error:
             raise _Refused(409, str(error)) from None
 
     async def _restore(self, request: Request) -> Response:
-        state = await self._read(request, ProducerState)
+        wanted = await self._read(request, RestoreRequest)
         try:
-            await self._producer.load_state_dict(state)
+            await self._producer.go_back(wanted.step, wanted.state)
         except ValueError as error:
             raise _Refused(400, str(error)) from None
-        await self._evaluator.forget_after(state.buffer.next_step)
+        await self._evaluator.forget_after(wanted.step)
         return Response(status_code=200)
 
     async def _finish(self, request: Request) -> Response:

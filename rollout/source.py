@@ -2,13 +2,21 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import httpx
 
 from rollout.journal import read_step, step_path
-from rollout.messages import BatchRequest, Health, SamplesRequest, VersionRequest
+from rollout.messages import (
+    BatchRequest,
+    Health,
+    RestoreRequest,
+    SamplesRequest,
+    VersionRequest,
+)
+from rollout.state import ProducerState
 from rollout.types import EvalResult, Sample, StepBatch
 from rollout.wire import CONTENT_TYPE, decode, encode
 
@@ -16,7 +24,8 @@ T = TypeVar("T")
 
 _LONG_POLL_MARGIN_S = 60.0
 _RECONNECT_S = 10.0
-"""How long a rollout process that does not answer is given before the run fails."""
+"""How long one that nobody starts again is given before the run fails."""
+_RETRY_S = 0.2
 
 
 class BatchSource(Protocol):
@@ -42,8 +51,11 @@ class BatchSource(Protocol):
         """What goes on from step `version` needs, for a checkpoint; b"": the step says it all."""
         ...
 
-    def restore(self, state: bytes) -> None:
-        """Go on from a snapshot (one rank calls it, before anything is published)."""
+    def restore(self, step: int, state: bytes) -> None:
+        """Training begins at `step`, with a snapshot of then; step 0 has none.
+
+        One rank calls it, before anything is published, whether it is the first to do so or not.
+        """
         ...
 
     def finish(self) -> None:
@@ -62,10 +74,26 @@ class RolloutGone(RolloutFailure):
 class BufferClient:
     """The rollout process over HTTP."""
 
-    def __init__(self, url: str, token: str, timeout_s: float) -> None:
-        """timeout_s: bound of every wait (rollout.batch_timeout_s)."""
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        timeout_s: float,
+        *,
+        reconnect_s: float = _RECONNECT_S,
+        find_url: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """timeout_s: bound of every wait (rollout.batch_timeout_s).
+
+        reconnect_s: how long a process that cannot be reached is tried again; find_url: where the
+        one that took its place is, None while there is none.
+        """
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
+        self._reconnect_s = reconnect_s
+        self._find_url = find_url
+        self._version: int | None = None
+        """What we published last."""
         self._http = httpx.Client(
             base_url=self._url,
             headers={"Authorization": f"Bearer {token}", "Content-Type": CONTENT_TYPE},
@@ -98,6 +126,7 @@ class BufferClient:
 
     def publish(self, version: int) -> None:
         """New groups start with this version."""
+        self._version = version
         self._post("/version", VersionRequest(version=version))
 
     def evaluate(self, version: int) -> EvalResult:
@@ -110,14 +139,16 @@ class BufferClient:
         """Prompt cursor, running and finished groups, as the rollout process tells them."""
         return self._post("/state", VersionRequest(version=version)).content
 
-    def restore(self, state: bytes) -> None:
+    def restore(self, step: int, state: bytes) -> None:
         """ValueError: the checkpoint was saved without a rollout process."""
-        if not state:
+        if step and not state:
             raise ValueError("the checkpoint holds no rollout state: mode=train did not save it")
-        self._send("/restore", state)
+        found = decode(state, ProducerState) if state else None
+        self._post("/restore", RestoreRequest(step=step, state=found))
 
     def finish(self) -> None:
         """The rollout process ends; one that has ended already may not have got to answer."""
+        self._reconnect_s = min(self._reconnect_s, _RECONNECT_S)
         with contextlib.suppress(RolloutGone):
             self._post("/finish", None)
 
@@ -143,12 +174,13 @@ class BufferClient:
         return self._send(path, encode(message), timeout_s)
 
     def _send(self, path: str, body: bytes, timeout_s: float | None = None) -> httpx.Response:
-        """One request; a process that cannot be reached is tried again for a short while.
+        """One request; a process that cannot be reached is tried again for reconnect_s.
 
-        Every request of ours may be repeated: asking twice gives the same answer.
+        Every request of ours may be repeated: asking twice gives the same answer, also of another
+        process that has taken the place of the first.
         """
         timeout = httpx.Timeout(timeout_s or _LONG_POLL_MARGIN_S, connect=5.0)
-        deadline = time.monotonic() + _RECONNECT_S
+        deadline = time.monotonic() + self._reconnect_s
         while True:
             try:
                 reply = self._http.post(path, content=body, timeout=timeout)
@@ -163,10 +195,20 @@ class BufferClient:
                         f"the rollout process at {self._url} is gone ({path}: {error}); "
                         f"see logs/rollout.log in the run directory"
                     ) from None
-                time.sleep(0.2)
+                time.sleep(_RETRY_S)
+                self._meet_again(path)
         if reply.status_code in (200, 204):
             return reply
         raise RolloutFailure(f"{path}: {reply.text or f'status {reply.status_code}'}")
+
+    def _meet_again(self, path: str) -> None:
+        """Whoever takes the place of a rollout process knows the journal, not what we published."""
+        if url := self._find_url():
+            self._url = url.rstrip("/")
+            self._http.base_url = self._url
+        if self._version is not None and path not in ("/version", "/restore", "/finish"):
+            with contextlib.suppress(httpx.TransportError):
+                self._http.post("/version", content=encode(VersionRequest(version=self._version)))
 
 
 class JournalSource:
@@ -201,7 +243,7 @@ class JournalSource:
         """The journal stays where it is."""
         return b""
 
-    def restore(self, state: bytes) -> None:
+    def restore(self, step: int, state: bytes) -> None:
         """The step is enough."""
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ MAY_DIFFER = (
     *("cluster", "tracker", "profile", "checkpoint", "eval", "weight_sync", "gate"),
     *(f"rollout.{name}" for name in ("host", "port", "address", "batch_timeout_s")),
     "rollout.max_body_bytes",
+    "rollout.reconnect_timeout_s",
     *(f"rollout.engine.{name}" for name in ("num_engines", "tp", "host", "urls", "api_key")),
     *("rollout.engine.router", "rollout.engine.router_policy"),
     *(f"rollout.engine.{name}" for name in ("max_total_tokens", "max_running_requests")),

@@ -158,6 +158,8 @@ def rollout_role(config: RunConfig) -> Role | None:
         env=_device_env(config, []),
         log=run_dir / "logs" / "rollout.log",
         may_end=needs_trainer(config),
+        restart=Restart.KILLED,
+        address=RunDir(run_dir).address_file("rollout"),
     )
 
 

@@ -20,7 +20,7 @@ from rollout.server.arguments import check_names, command_line
 from rollout.server.server_process import ServerError, ServerProcess, end_on_signals
 
 _LAUNCH = "rollout.server.launch"
-_PAUSE_TIMEOUT_S = 60.0
+_HOLD_TIMEOUT_S = 60.0
 
 
 def resolve_device(device: str) -> str:
@@ -78,6 +78,19 @@ class EngineProcess(ServerProcess):
             arguments["enable_memory_saver"] = True
         return arguments | config.args
 
+    def hold(self) -> None:
+        """Generate nothing until somebody lets it continue: requests that come meanwhile wait."""
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        reply = httpx.post(
+            f"{self.url}/pause_generation",
+            json={"mode": "retract"},
+            headers=headers,
+            timeout=_HOLD_TIMEOUT_S,
+            trust_env=False,
+        )
+        if reply.status_code != 200:
+            raise ServerError(f"{self.name}: /pause_generation: {reply.status_code} {reply.text}")
+
     def environment(self) -> dict[str, str]:
         """The server's environment variables: ours and what it needs."""
         from rollout.server.launch import API_KEY
@@ -93,23 +106,6 @@ class EngineProcess(ServerProcess):
                 "SGLANG_CPU_OMP_THREADS_BIND": binding,
             }
         return environment
-
-    def pause(self) -> None:
-        """Take requests, but let them wait until somebody says to continue (/continue_generation).
-
-        Raises:
-            ServerError: the server does not do so.
-        """
-        try:
-            httpx.post(
-                f"{self.url}/pause_generation",
-                json={"mode": "retract"},
-                headers={"Authorization": f"Bearer {self.api_key}"},
-                timeout=_PAUSE_TIMEOUT_S,
-                trust_env=False,
-            ).raise_for_status()
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self.name} cannot be paused: {error}; {self.tail()}") from error
 
 
 def serve(run_dir: RunDir, index: int) -> int:
@@ -129,9 +125,8 @@ def serve(run_dir: RunDir, index: int) -> int:
     )
     with engine:
         if not standalone:
-            # Nobody may have a token of these weights: the trainers' first push lets it go on,
-            # also where it takes the place of an engine that died.
-            engine.pause()
+            # Whenever it started: no token before the trainers' weights are in it.
+            engine.hold()
         run_dir.write_address(role, engine.url)
         print(f"{role}: serving {model_path} at {engine.url}", flush=True)
         try:

@@ -55,6 +55,13 @@ def sorted_digits(text: str) -> str:
 @pytest.fixture
 def running(chat, tmp_path) -> Iterator[Running]:
     """Two prompts a step, three samples each, at most one step stale, in a thread of its own."""
+    with serving(chat, tmp_path) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def serving(chat: Chat, rollouts: Path) -> Iterator[Running]:
+    """A rollout process, which goes on from what `rollouts` holds."""
     ready = threading.Event()
     box: dict = {}
 
@@ -74,11 +81,12 @@ def running(chat, tmp_path) -> Iterator[Running]:
             generator=generator,
             samples_per_prompt=3,
             seed=0,
-            rollouts=tmp_path,
+            rollouts=rollouts,
             max_running_groups=8,
         )
+        producer.recover()
         evaluator = Evaluator(
-            data=data, seed=0, generator=generator, results=tmp_path / "eval.jsonl"
+            data=data, seed=0, generator=generator, results=rollouts / "eval.jsonl"
         )
         service = Service(producer=producer, evaluator=evaluator, token=TOKEN, max_body_bytes=1000)
         server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error"))
@@ -87,7 +95,7 @@ def running(chat, tmp_path) -> Iterator[Running]:
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             loop = asyncio.get_running_loop()
-            box["running"] = Running(url, client, tmp_path, loop, service)
+            box["running"] = Running(url, client, rollouts, loop, service)
             ready.set()
             await service.finished.wait()
             server.should_exit = True

@@ -14,7 +14,8 @@ from rollout.data import PromptStream
 from rollout.journal import list_steps, read_step, write_step
 from rollout.messages import VersionRequest
 from rollout.source import BufferClient, RolloutFailure
-from rollout.wire import encode
+from rollout.state import ProducerState, newest_state
+from rollout.wire import decode, encode
 from tests.rollout.conftest import TOKEN
 
 
@@ -232,29 +233,53 @@ def test_a_journal_that_cannot_be_written_ends_the_run(running, monkeypatch):
         source.take(0)
 
 
-def test_a_restored_state_gives_the_same_batches_again(running):
+def test_trainers_that_go_back_get_the_same_batches_from_the_journal(running):
     """Whatever was generated since: at staleness 1, groups are ahead when the state is taken."""
     source = running.source()
     running.service._max_body_bytes = 1 << 20
     source.publish(0)
     source.take(0)
     state = source.snapshot(1)
-    running.client.version = 1
-    source.publish(1)
-    first = [source.take(step) for step in (1, 2)]
-    samples = [source.fetch(step, [0, 5]) for step in (1, 2)]
-    assert len(list_steps(running.rollouts)) == 3
-    source.restore(state)
-    assert len(list_steps(running.rollouts)) == 1
-    assert source.health().policy_version == 0
+    for version in (1, 2):
+        running.client.version = version
+        source.publish(version)
+        source.take(version)
+    batches = [source.take(step) for step in (1, 2)]
+    later = source.snapshot(3)
+    calls = len(running.client.calls)
+    source.restore(1, state)
     assert source.health().running == 0
-    source.publish(1)
     for step in (1, 2):
-        again = source.take(step)
-        groups = [info.group_id for info in first[step - 1].samples]
-        assert [info.group_id for info in again.samples] == groups
-        for mine, other in zip(source.fetch(step, [0, 5]), samples[step - 1], strict=True):
-            assert mine.tokens.tolist() == other.tokens.tolist()
+        source.publish(step)
+        assert source.take(step) == batches[step - 1]
+        if step == 1:
+            assert len(running.client.calls) == calls, "generated although the journal has it"
+            between = decode(source.snapshot(2), ProducerState)
+            assert between.buffer.next_step == 2
+    running.client.version = 3
+    source.publish(3)
+    groups = [info.group_id for info in source.take(3).samples]
+    assert groups == [6, 6, 6, 7, 7, 7]
+    source.restore(0, b"")  # trainers without a checkpoint
+    source.publish(0)
+    assert source.take(0).step == 0
+    assert decode(later, ProducerState).buffer.next_step == 3
+
+
+def test_trainers_go_on_from_a_state_that_the_journal_does_not_reach(running, tmp_path):
+    """A checkpoint of another run: what starts there is remembered for whoever takes our place."""
+    source = running.source()
+    running.service._max_body_bytes = 1 << 20
+    source.publish(0)
+    source.take(0)
+    state = decode(source.snapshot(1), ProducerState)
+    state.buffer.next_step, state.buffer.version = 5, 4
+    state.buffer.next_group_id, state.buffer.leases, state.buffer.accepted = 12, [], []
+    running.client.version = 5
+    source.restore(5, encode(state))
+    assert newest_state(running.rollouts) == state
+    source.publish(5)
+    assert [info.group_id for info in source.take(5).samples] == [12, 12, 12, 13, 13, 13]
 
 
 def test_states_that_do_not_fit_are_refused(running):
@@ -262,11 +287,14 @@ def test_states_that_do_not_fit_are_refused(running):
     with pytest.raises(RolloutFailure, match="the state before step 3 was asked for; step 0 is"):
         source.snapshot(3)
     assert running.post("/restore", b"rubbish").status_code == 400
-    wrong = encode({"format": 9, "buffer": EMPTY_BUFFER, "prompts": {"position": 0}})
-    reply = running.post("/restore", wrong)
+    state = {"format": 9, "buffer": EMPTY_BUFFER, "prompts": {"position": 0}}
+    reply = running.post("/restore", encode({"step": 0, "state": state}))
     assert (reply.status_code, reply.text) == (400, "rollout state 9; this version reads 1")
+    reply = running.post("/restore", encode({"step": 9}))
+    assert reply.status_code == 400
+    assert "begin at step 9, with no state of that moment; step 0 is next" in reply.text
     with pytest.raises(ValueError, match="holds no rollout state"):
-        source.restore(b"")
+        source.restore(3, b"")
     assert running.post("/state", b"", token="no").status_code == 401
 
 
