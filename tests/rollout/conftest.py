@@ -90,7 +90,7 @@ def serving(chat: Chat, rollouts: Path) -> Iterator[Running]:
         )
         service = Service(producer=producer, evaluator=evaluator, token=TOKEN, max_body_bytes=1000)
         server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error"))
-        server.install_signal_handlers = lambda: None
+        server.install_signal_handlers = lambda: None  # pyright: ignore
         with socket.create_server(("127.0.0.1", 0)) as listener:
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"

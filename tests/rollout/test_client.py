@@ -38,7 +38,7 @@ def ask(*handlers: Callable, num_prompts: int = 1, **config) -> list[Generation]
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
-            urls.append(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}")
+            urls.append(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}")  # pyright: ignore
             runners.append(runner)
         try:
             async with EngineClient(urls, "secret", EngineConfig(**config)) as client:
@@ -130,7 +130,7 @@ def test_passing_trouble_is_tried_again_elsewhere():
         if len(calls) == 2:
             return web.json_response(changed(finish_reason={"type": "abort", "message": "paused"}))
         if len(calls) == 3:
-            request.transport.close()
+            request.transport.close()  # pyright: ignore
         return web.json_response([GOOD])
 
     (generation,) = ask(flaky)
@@ -172,7 +172,7 @@ def test_calls_spread_over_engines():
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
-            urls.append(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}")
+            urls.append(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}")  # pyright: ignore
             runners.append(runner)
         async with EngineClient(urls, "", EngineConfig()) as client:
             await asyncio.gather(*(client.generate([[1]], SamplingConfig(), [0]) for _ in range(6)))
@@ -193,7 +193,7 @@ def test_a_call_waits_for_an_engine_that_is_started_again_elsewhere(tmp_path):
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        return runner, f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        return runner, f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # pyright: ignore
 
     async def main() -> list[str]:
         asked: list[str] = []
@@ -202,7 +202,7 @@ def test_a_call_waits_for_an_engine_that_is_started_again_elsewhere(tmp_path):
         async def dies(request: web.Request) -> web.Response:
             asked.append("first")
             where.clear()
-            request.transport.close()
+            request.transport.close()  # pyright: ignore
             return web.Response()
 
         async def lives(request: web.Request) -> web.Response:

@@ -88,7 +88,7 @@ def test_long_answers_are_punished_softly(length, penalty):
     for scale in (0.5, 1.0):
         reward = punish_overlong(REWARDS["environment"], max_tokens=10, share=0.4, penalty=scale)
         task = Task(description={}, replies=[""], environment_reward=1.0)
-        found = asyncio.run(reward(make_sample(length), task))
+        found = asyncio.run(reward(make_sample(length), task))  # pyright: ignore
         assert found.value == pytest.approx(1.0 + scale * penalty)
         assert found.components == {
             "environment": 1.0,
