@@ -90,7 +90,7 @@ class Trainer:
         if self.mesh.rank == 0:
             self.source.publish(step)
         start = time.perf_counter()
-        batch = self.source.take(step)
+        batch = self.take(step)
         taken = time.perf_counter()
         if self.sync is not None:
             with self.phases.measure("turn"):
@@ -111,6 +111,13 @@ class Trainer:
         )
         figures = {**batch.metrics, **metrics, **sync_metrics, **times, **self.phases.take()}
         self.log(step + 1, figures)
+
+    def take(self, step: int) -> StepBatch:
+        """The batch of `step`. Engines that die while we wait for it come back at this version."""
+        batch = None
+        if self.sync is not None:
+            batch = self.sync.ask(step, lambda: self.source.take(step))
+        return self.source.take(step) if batch is None else batch
 
     def refresh_reference(self, version: int) -> None:
         """algorithm.reference_refresh_steps: the policy of this version is the new reference."""
@@ -269,8 +276,8 @@ class Trainer:
         """Measure accuracy where it is due and an engine is there; all ranks wait for it."""
         if not due or self.sync is None:
             return
-        if self.mesh.rank == 0:
-            result = self.source.evaluate(version)
+        result = self.sync.ask(version, lambda: self.source.evaluate(version))
+        if result is not None:
             self.log(
                 version,
                 {

@@ -152,10 +152,15 @@ class RunDir:
 
     def read_address(self, role: str) -> str | None:
         """The role's URL, None while it has not written one."""
+        entry = self.read_entry(role)
+        return None if entry is None else entry[0]
+
+    def read_entry(self, role: str) -> tuple[str, int] | None:
+        """The role's URL and process: another one has started when either is another."""
         path = self.address_file(role)
         try:
             content = json.loads(path.read_bytes())
-            return str(content["url"])
+            return str(content["url"]), int(content["pid"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:

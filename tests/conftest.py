@@ -16,6 +16,7 @@ SERVER_FILES = {
     "tests/e2e/test_modes.py",
     "tests/e2e/test_resume.py",
     "tests/e2e/test_run.py",
+    "tests/framework/test_push.py",
     "tests/megatron_bridge/test_checksum.py",
     "tests/rollout/test_engine.py",
     "tests/rollout/test_router.py",

@@ -66,6 +66,6 @@ class Transport(Protocol):
 class PushReport:
     """One push, measured on the pushing rank."""
 
-    size_bytes: int
-    time_s: float
-    verify_s: float
+    size_bytes: int = 0
+    time_s: float = 0.0
+    verify_s: float = 0.0

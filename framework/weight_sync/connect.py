@@ -11,6 +11,7 @@ from framework.megatron.offload import Offload
 from framework.weight_sync import WeightSync
 from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
+from framework.weight_sync.roster import Roster
 from framework.weight_sync.turns import Turns
 from megatron_bridge.export import ExportBuffers
 from megatron_bridge.export_plan import ExportPlan
@@ -45,6 +46,7 @@ def open_weight_sync(
 ) -> WeightSync:
     """This rank's part of the way to the engines, as weight_sync.* says."""
     engine, sync = config.rollout.engine, config.weight_sync
+    admits = not engine.urls and not engine.colocated  # else nobody starts them again
     context = PushContext(
         plan=plan,
         chunks=policy.chunks,
@@ -66,7 +68,14 @@ def open_weight_sync(
         engine_dtype=DTYPES[engine.dtype],
         engine_device=_engine_device(engine.device),
         turns=Turns(engines, Offload(policy)) if engine.colocated else None,
+        roster=_roster(config, run_dir) if admits and rank == 0 else None,
+        admits=admits,
     )
+
+
+def _roster(config: RunConfig, run_dir: RunDir) -> Roster:
+    engine = config.rollout.engine
+    return Roster(run_dir, engine.num_engines, engine.start_timeout_s)
 
 
 def _engine_device(configured: str) -> str:

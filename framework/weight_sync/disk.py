@@ -37,6 +37,7 @@ class DiskPush:
             for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
                 writer.add(name, tensor)
         writer.finish()
+        engines.in_doubt = True
         engines.post(
             "/update_weights_from_disk",
             {

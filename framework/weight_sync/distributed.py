@@ -1,5 +1,6 @@
 """Weights to the engines over a process group: one flat broadcast per bucket, gloo or NCCL."""
 
+import contextlib
 import secrets
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from framework.weight_sync.base import PushContext
-from framework.weight_sync.engines import Engines
+from framework.weight_sync.engines import Engines, WeightSyncError
 from framework.weight_sync.groups import join_update_group, open_store
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import Bucket
@@ -21,8 +22,9 @@ class DistributedPush:
     def __init__(self, context: PushContext) -> None:
         self.context = context
         self._group: Any = None
-        # An engine outlives trainers that restart, and forgets no group name.
-        self._name = f"drivetrain_{secrets.token_hex(4)}"
+        self._joined: Engines | None = None
+        """The engines in the group."""
+        self._name = ""
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
 
     def send(
@@ -34,10 +36,10 @@ class DistributedPush:
     ) -> int:
         """See `base.Transport`."""
         context, size = self.context, 0
-        if self._group is None:
-            engines.end_session()
+        if self._joined is None or self._joined.urls != engines.urls:
+            self._leave()
             self._connect(engines)
-        engines.post("/begin_weight_update", {})
+        engines.begin_session()
         for i, bucket in enumerate(buckets):
             last = i == len(context.plan.buckets) - 1
             body = {
@@ -52,7 +54,7 @@ class DistributedPush:
             }
             path = "/update_weights_from_distributed"
             replies = engines.start(path, [body] * len(engines.urls))
-            dist.broadcast(bucket.flat, src=0, group=self._group)
+            self._broadcast(bucket)
             size += bucket.flat.nbytes
             if verifier is not None:
                 verifier.add(bucket)
@@ -62,12 +64,34 @@ class DistributedPush:
 
     def close(self, engines: Engines) -> None:
         """Leave the group, on both sides."""
+        self._leave()
+
+    def _broadcast(self, bucket: Bucket) -> None:
+        try:
+            dist.broadcast(bucket.flat, src=0, group=self._group)
+        except RuntimeError as error:  # what torch raises when a member is gone or waits too long
+            self._leave()
+            raise WeightSyncError(f"the group of trainer and engines broke: {error}") from error
+
+    def _leave(self) -> None:
+        """Give up the group, ours first: whoever still waits for a bucket then hears of it."""
         if self._group is not None:
-            engines.post("/destroy_weights_update_group", {"group_name": self._name})
             dist.destroy_process_group(self._group)
             self._group = None
+        if self._joined is not None:
+            body = {"group_name": self._name}
+            for future in self._joined.start(
+                "/destroy_weights_update_group", [body] * len(self._joined.urls)
+            ):
+                with contextlib.suppress(WeightSyncError):  # it may be the one that is gone
+                    future.result(timeout=self._joined.timeout_s)
+            self._joined.close()
+            self._joined = None
 
     def _connect(self, engines: Engines) -> None:
+        # An engine outlives trainers that restart, and forgets no group name.
+        self._name = f"drivetrain_{secrets.token_hex(4)}"
+        self._joined = engines.only(engines.urls)
         tp = self.context.engine_tp
         world = 1 + tp * len(engines.urls)
         address = public_host(self.context.host)

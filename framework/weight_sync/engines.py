@@ -44,7 +44,10 @@ class Engines:
         if not urls:
             raise ValueError("weight sync needs at least one engine address")
         self.urls = list(urls)
+        self.in_doubt = False
+        """An update has begun and not been seen to end well: the weights may be of two versions."""
         self._asleep_file = asleep_file
+        self._api_key = api_key
         self.timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(
@@ -59,6 +62,10 @@ class Engines:
         """Drop the connections."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._client.close()
+
+    def only(self, urls: Sequence[str]) -> "Engines":
+        """Some engines by themselves, with connections of their own: close them."""
+        return Engines(urls, self._api_key, self.timeout_s)
 
     def start(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Future[Any]]:
         """Begin one POST per engine; `finish` collects the replies."""
@@ -83,11 +90,27 @@ class Engines:
     def paused(self, mode: str) -> Iterator[None]:
         """Generation stands still inside; running requests go on afterwards.
 
-        When the body fails the engines stay paused: no token may come from weights in doubt.
+        When the body fails before an engine's weights were touched, the engines go on with the
+        version they have; else they stay paused: no token may come from weights in doubt.
+
+        Raises:
+            WeightSyncError: the body's, with what the engines do now.
         """
-        self.post("/pause_generation", {"mode": mode})
-        yield
+        try:
+            self.post("/pause_generation", {"mode": mode})
+            yield
+        except WeightSyncError as error:
+            if self.in_doubt:
+                raise WeightSyncError(f"{error}; the engines stay paused") from error
+            self._go_on()
+            raise WeightSyncError(f"{error}; the engines go on as they were") from error
         self.post("/continue_generation", {})
+
+    def _go_on(self) -> None:
+        """Continue where an engine still answers; what failed before is what gets reported."""
+        for future in self.start("/continue_generation", [{}] * len(self.urls)):
+            with contextlib.suppress(WeightSyncError):
+                future.result(timeout=self.timeout_s)
 
     def sleep(self) -> None:
         """Stop generating and free weights and caches; what they held is lost.
@@ -119,6 +142,11 @@ class Engines:
     def _note_asleep(self, tags: Sequence[str]) -> None:
         if self._asleep_file is not None:
             write_atomic(self._asleep_file, json.dumps(list(tags)).encode())
+
+    def begin_session(self) -> None:
+        """Open a weight session: from now on the weights may be of two versions."""
+        self.in_doubt = True
+        self.post("/begin_weight_update", {})
 
     def end_session(self) -> None:
         """Close the weight session that a trainer which died has left open; they refuse a second.

@@ -23,7 +23,6 @@ class TensorPush:
 
     def __init__(self, context: PushContext) -> None:
         self.context = context
-        self._begun = False
         if not torch.cuda.is_available():
             # A foreign process cannot be handed file descriptors; with names it can.
             torch.multiprocessing.set_sharing_strategy("file_system")
@@ -37,10 +36,7 @@ class TensorPush:
     ) -> int:
         """See `base.Transport`."""
         context, size = self.context, 0
-        if not self._begun:
-            engines.end_session()
-            self._begun = True
-        engines.post("/begin_weight_update", {})
+        engines.begin_session()
         for i, bucket in enumerate(buckets):
             last = i == len(context.plan.buckets) - 1
             rest = {

@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from megatron_bridge.mapping import hf_shapes
 from rollout.batch import make_batch
 from rollout.journal import write_step
 from rollout.source import JournalSource
-from rollout.types import Group, Sample
+from rollout.types import Group, Sample, StepBatch
 
 NUM_STEPS = 3
 UPDATES_PER_STEP = 2  # from the second on the policy is not the old policy, and ratios not 1
@@ -247,9 +247,14 @@ class OffloadBetweenSteps:
         self._offload.away()
         state = [parameter for chunk in self._policy.chunks for parameter in chunk.parameters()]
         assert not sum(parameter.untyped_storage().nbytes() for parameter in state)
-        for buffer in (each for model in self._policy.wrapped for each in model.buffers):
+        wrapped: list[Any] = list(self._policy.wrapped)
+        for buffer in (each for model in wrapped for each in model.buffers):
             assert not buffer.grad_data.untyped_storage().nbytes()
         return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
+
+    def ask(self, version: int, question: Callable[[], StepBatch]) -> StepBatch:
+        """There is no engine that could come back meanwhile."""
+        return question()
 
     def trainers_turn(self) -> None:
         """As `WeightSync`."""
