@@ -5,6 +5,7 @@ from random import Random
 
 from framework.config import RunConfig
 from framework.preference_checks import COMPARING, preference_data_errors
+from rollout.agents import find_generate
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters
 from rollout.rewards import NEED_ANSWER, find_reward
@@ -36,7 +37,23 @@ def task_errors(config: RunConfig) -> Iterator[str]:
         find_reward(config.data.reward)
     except ValueError as error:
         yield f"data.reward={config.data.reward}: {error}"
+    yield from _generate_errors(config)
     try:
         GroupFilters(config.rollout.filters)
     except ValueError as error:
         yield str(error)
+
+
+def _generate_errors(config: RunConfig) -> Iterator[str]:
+    data, batch_timeout_s = config.data, config.rollout.batch_timeout_s
+    if data.generate == "environment":
+        return
+    try:
+        find_generate(data.generate)
+    except ValueError as error:
+        yield f"data.generate={data.generate}: {error}"
+    if data.episode_timeout_s >= batch_timeout_s:
+        yield (
+            f"data.episode_timeout_s={data.episode_timeout_s:g}: trainers would give up before a "
+            f"hung episode does; less than rollout.batch_timeout_s={batch_timeout_s:g}"
+        )

@@ -63,6 +63,7 @@ POSITIVE = (
     "rollout.max_refills",
     "rollout.max_body_bytes",
     "data.eval_num_prompts",
+    "data.episode_timeout_s",
     "data.timeout_s",
     "weight_sync.bucket_mb",
     "weight_sync.timeout_s",

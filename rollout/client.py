@@ -28,6 +28,10 @@ class EngineFailure(RuntimeError):
     """No engine answered a request within its bounds, or one refused it, or answered rubbish."""
 
 
+class EngineRefusal(EngineFailure):
+    """An engine does not take this request, whoever asks again: too long, or not well formed."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Generation:
     """One sampled continuation of R tokens, its end token included."""
@@ -212,6 +216,8 @@ class EngineClient:
             # 502, 503: of a router whose engines are lost.
             kind = _Lost if self._config.router and reply.status in (502, 503) else _Retry
             raise kind(f"{url}: status {reply.status}: {_one_line(data)}")
+        if reply.status in (400, 413, 422):
+            raise EngineRefusal(f"{url}: status {reply.status}: {_one_line(data)}")
         if reply.status != 200:
             raise EngineFailure(f"{url}: status {reply.status}: {_one_line(data)}")
         return data
@@ -236,7 +242,7 @@ def _check_not_aborted(url: str, finish: _Finish) -> None:
     if finish.type != "abort":
         return
     if finish.status_code is not None and 400 <= finish.status_code < 500:
-        raise EngineFailure(f"{url}: the engine refuses the request: {finish.message}")
+        raise EngineRefusal(f"{url}: the engine refuses the request: {finish.message}")
     raise _Retry(f"{url}: the engine aborted the request: {finish.message}")
 
 

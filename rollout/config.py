@@ -111,6 +111,11 @@ class DataConfig:
     reward: str = "environment"
     """A row of rollout.rewards.REWARDS (`environment`: what the environment itself says), or a
     function of yours: package.module.function."""
+    generate: str = "environment"
+    """Who plays the episodes: `environment` (its turns), or a program of yours,
+    package.module.function: async (engine, task, sampling) -> list[Sample]."""
+    episode_timeout_s: float = 300.0
+    """Bound of a whole episode that data.generate plays; past it the episode counts as failed."""
     overlong_share: float = 0.0
     """DAPO's soft punishment: from where this share of rollout.sampling.max_new_tokens is left, the
     training reward falls, by overlong_penalty where none is left. 0: none."""

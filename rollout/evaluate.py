@@ -52,7 +52,8 @@ class Evaluator:
             for first in range(0, count, _PROMPTS_PER_REQUEST)
         ]
         parts = await run_together(self._chunk(chunk, version) for chunk in chunks)
-        samples = [sample for part in parts for sample in part]
+        # Of an episode that gave several samples, the first counts.
+        samples = [sample for part in parts for sample in part if sample.index == 0]
         seen = {int(v) for sample in samples for v in sample.versions if v >= 0}
         if seen - {version}:
             raise EngineFailure(

@@ -8,13 +8,22 @@ This is the boundary at which a failing environment or reward becomes a counted 
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from rollout.client import EngineClient, EngineFailure, Generation
+from rollout.agents.engine import (
+    AgentTask,
+    GenerateFunction,
+    PolicyEngine,
+    check_samples,
+    check_version,
+    replies_of,
+)
+from rollout.client import EngineClient, Generation
 from rollout.config import SamplingConfig
 from rollout.environments import Environment
 from rollout.rewards import RewardFunction, Task
@@ -73,12 +82,20 @@ class Generator:
     reward: RewardFunction
     timeout_s: float
     """Bound of each call of an environment or reward."""
+    play: GenerateFunction | None = None
+    """A program of the user's own plays the episodes; None: their environments' turns."""
+    episode_timeout_s: float = 300.0
+    """Bound of an episode that `play` plays."""
 
     async def run(self, episodes: list[Episode], version: int) -> list[Sample]:
-        """Samples of the episodes, in order. `version`: the least one their tokens may have.
+        """Samples of the episodes, in order; with `play` of an episode one or several.
 
+        `version`: the least one their tokens may have.
         Raises EngineFailure; failures of environments and rewards are statuses of the samples.
         """
+        if self.play is not None:
+            played = await run_together(self._play(episode, version) for episode in episodes)
+            return _numbered([sample for samples in played for sample in samples])
         prompts = await asyncio.gather(*(self._prompt(episode) for episode in episodes))
         started = [k for k, prompt in enumerate(prompts) if not isinstance(prompt, _EpisodeError)]
         generations = (
@@ -114,10 +131,7 @@ class Generator:
         version: int,
     ) -> Sample:
         if isinstance(prompt, _EpisodeError) or first is None:
-            # No prompt, nothing sampled: a placeholder of one token each, which trains nothing.
-            transcript = Transcript([self.chat.end_id])
-            transcript.add_observation([self.chat.end_id])
-            return self._failed(episode, transcript, str(prompt))
+            return self._failed(episode, self._nothing(), str(prompt))
         transcript = Transcript(prompt)
         try:
             task, status = await self._converse(episode, transcript, first, version)
@@ -127,17 +141,54 @@ class Generator:
                 status=status,
                 metadata=task.description,
             )
-            reward = await self._guard(self.reward(sample, task), "reward")
-            with _boundary("reward"):
-                sample.reward = float(reward.value)
-                sample.rewards = {str(k): float(v) for k, v in reward.components.items()}
-            for name, value in {"reward": sample.reward, **sample.rewards}.items():
-                if not np.isfinite(value):
-                    raise _EpisodeError(f"{name} is {value}")
+            await self._score(sample, task)
         except _EpisodeError as error:
             return self._failed(episode, transcript, str(error))
         sample.check()
         return sample
+
+    async def _score(self, sample: Sample, task: Task) -> None:
+        """The reward and its components, into the sample."""
+        reward = await self._guard(self.reward(sample, task), "reward")
+        with _boundary("reward"):
+            sample.reward = float(reward.value)
+            sample.rewards = {str(k): float(v) for k, v in reward.components.items()}
+        for name, value in {"reward": sample.reward, **sample.rewards}.items():
+            if not np.isfinite(value):
+                raise _EpisodeError(f"{name} is {value}")
+
+    async def _play(self, episode: Episode, version: int) -> list[Sample]:
+        """The samples of an episode that a program plays; its failure is one failed sample."""
+        assert self.play is not None
+        engine = PolicyEngine(self.client, self.chat, episode_seed=episode.seed, version=version)
+        task = AgentTask(
+            environment=episode.environment,
+            group_id=episode.group_id,
+            index=episode.index,
+            seed=episode.seed,
+        )
+        try:
+            with _boundary("describe"):
+                description = {str(k): str(v) for k, v in task.environment.describe().items()}
+            played = self.play(engine, task, self.sampling)
+            found = await self._guard(played, "generate", self.episode_timeout_s)
+            with _boundary("generate"):
+                samples = check_samples(found, task, self.sampling.max_new_tokens)
+            for sample in samples:
+                sample.metadata = description | sample.metadata
+                await self._score(
+                    sample,
+                    Task(
+                        description=description,
+                        replies=replies_of(self.chat, sample),
+                        environment_reward=float(sample.reward),
+                    ),
+                )
+        except _EpisodeError as error:
+            samples = [self._failed(episode, self._nothing(), str(error))]
+        if engine.failure is not None:
+            raise engine.failure
+        return samples
 
     async def _converse(
         self, episode: Episode, transcript: Transcript, generation: Generation, version: int
@@ -148,11 +199,7 @@ class Generator:
             description = {str(k): str(v) for k, v in environment.describe().items()}
         task = Task(description=description, replies=[], environment_reward=0.0)
         while True:
-            if generation.versions.min() < version:
-                raise EngineFailure(
-                    f"an engine sampled with version {generation.versions.min()} where the run "
-                    f"is at {version}: its weights were not updated"
-                )
+            check_version(generation, version)
             transcript.add_reply(
                 generation.token_ids.tolist(),
                 generation.logprobs.tolist(),
@@ -178,16 +225,24 @@ class Generator:
                 [derive_seed(episode.seed, "turn", len(task.replies))],
             )
 
-    async def _guard(self, call: Awaitable[T], what: str) -> T:
+    async def _guard(self, call: Awaitable[T], what: str, timeout_s: float | None = None) -> T:
         """Await foreign code within its bound; whatever it raises becomes an _EpisodeError."""
+        bound = asyncio.timeout(self.timeout_s if timeout_s is None else timeout_s)
         try:
             with _boundary(what):
-                async with asyncio.timeout(self.timeout_s):
+                async with bound:
                     return await call
-        except _EpisodeError as error:
-            if isinstance(error.__cause__, TimeoutError):
-                raise _EpisodeError(f"{what}: no answer within {self.timeout_s:g} s") from None
+        except _EpisodeError:
+            if bound.expired():
+                limit = self.timeout_s if timeout_s is None else timeout_s
+                raise _EpisodeError(f"{what}: no answer within {limit:g} s") from None
             raise
+
+    def _nothing(self) -> Transcript:
+        """Where nothing was sampled: a placeholder of one token each, which trains nothing."""
+        transcript = Transcript([self.chat.end_id])
+        transcript.add_observation([self.chat.end_id])
+        return transcript
 
     def _failed(self, episode: Episode, transcript: Transcript, reason: str) -> Sample:
         logger.warning("sample %d/%d failed: %s", episode.group_id, episode.index, reason)
@@ -201,3 +256,12 @@ class Generator:
         sample.rollout_logprobs[:] = 0
         sample.versions[:] = -1
         return sample
+
+
+def _numbered(samples: list[Sample]) -> list[Sample]:
+    """Places in their groups, in order: an episode may have given several samples."""
+    places: Counter[int] = Counter()
+    for sample in samples:
+        sample.index = places[sample.group_id]
+        places[sample.group_id] += 1
+    return samples

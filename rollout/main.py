@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import uvicorn
 
+from rollout.agents import find_generate
 from rollout.buffer import DataBuffer
 from rollout.client import EngineClient, EngineFailure
 from rollout.config import EngineConfig, RolloutRun, load_rollout_run
@@ -54,6 +55,12 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
         reward = find_reward(run.data.reward)
     except ValueError as error:
         raise ValueError(f"data.reward={run.data.reward}: {error}") from error
+    play = None
+    if run.data.generate != "environment":
+        try:
+            play = find_generate(run.data.generate)
+        except ValueError as error:
+            raise ValueError(f"data.generate={run.data.generate}: {error}") from error
     engine, sampling, data = run.rollout.engine, run.rollout.sampling, run.data
     filters = GroupFilters(run.rollout.filters)
     prompts = PromptStream(run.data, run.seed, "train")
@@ -74,6 +81,8 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             sampling=sampling,
             reward=reward,
             timeout_s=run.data.timeout_s,
+            play=play,
+            episode_timeout_s=run.data.episode_timeout_s,
         )
         # Of training alone: accuracy is of what the task itself says.
         punished = reward
