@@ -49,6 +49,9 @@ class ClusterConfig:
     """How often a role that dies (engine, router, rollout process, trainers) is started again
     within restart_window_s before the run ends; 0: never."""
     restart_window_s: float = 3600.0
+    watchdog_s: float = 120.0
+    """A wait of the trainers that takes longer is told in their log, with what is missing and the
+    stacks of the process; 0: never."""
 
 
 @dataclass(kw_only=True, slots=True)

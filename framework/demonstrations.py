@@ -59,6 +59,10 @@ class DemonstrationSource:
     def finish(self) -> None:
         """Nothing to end."""
 
+    def missing(self) -> str:
+        """A batch is made where it is asked for."""
+        return ""
+
     def _load(self, step: int) -> list[Sample]:
         if step != self._step:
             self._samples, self._step = self._make(step), step

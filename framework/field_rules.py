@@ -108,6 +108,7 @@ NOT_NEGATIVE = (
     "checkpoint.keep_every_steps",
     "cluster.engine_nodes",
     "cluster.max_restarts",
+    "cluster.watchdog_s",
 )
 SHARES = (
     "rollout.keep_share",

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -20,9 +21,11 @@ from framework.checkpoints import (
 )
 from framework.compose import load_run_config
 from framework.config import RunConfig
+from framework.launch.role_log import CONSEQUENCES, STARTS
 from framework.preference_checks import is_paired, needs_reference
 from rollout.process import RESTARTS, follow_launcher
 from rollout.run_dir import RunDir
+from rollout.watchdog import dump_stacks_on_signal
 
 
 def main() -> None:
@@ -31,15 +34,30 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
     follow_launcher(direct=False)
+    dump_stacks_on_signal()
     run_dir = RunDir(arguments.run_dir)
     first = os.environ.get("RANK", "0") == "0"
+    if first and (start := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
+        print(f"{STARTS}{start + 1} of the trainers by torchrun", flush=True)
     try:
         with run_dir.hold("trainer") if first else contextlib.nullcontext():
             run(load_run_config(run_dir.path), run_dir)
     except Exception as error:  # the boundary of the process: every failure leaves one clear line
         traceback.print_exc()
         print(f"trainer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if not may_pass(error) and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun would only try it again
         sys.exit(1)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether trainers that start again may get further: a rank, a device or a link failed.
+
+    What we raise ourselves has a reason that would recur.
+    """
+    upstream = type(error).__module__.partition(".")[0] in ("builtins", "torch")
+    broken_off = any(word in str(error) for word in CONSEQUENCES)
+    return isinstance(error, RuntimeError) and (upstream or broken_off)
 
 
 def run(config: RunConfig, run_dir: RunDir) -> None:

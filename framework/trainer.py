@@ -25,6 +25,7 @@ from framework.throughput import step_figures, this_device_peak_flops
 from framework.weight_sync import WeightSync
 from rollout.source import BatchSource
 from rollout.types import Sample, StepBatch
+from rollout.watchdog import Watchdog
 
 
 class GateError(RuntimeError):
@@ -65,6 +66,7 @@ class Trainer:
         self.length_multiple = 2 * cp if cp > 1 else 1
         self.flops = training_flops(self.policy.hf_config)
         self.phases = Phases()
+        self.watchdog = Watchdog(f"trainer rank {self.mesh.rank}", self.config.cluster.watchdog_s)
 
     def train(self) -> None:
         """The loop, whole."""
@@ -90,12 +92,14 @@ class Trainer:
         if self.mesh.rank == 0:
             self.source.publish(step)
         start = time.perf_counter()
-        batch = self.take(step)
+        with self.watchdog.watch(f"the batch of step {step}", self.source.missing):
+            batch = self.take(step)
         taken = time.perf_counter()
         if self.sync is not None:
             with self.phases.measure("turn"):
                 self.sync.trainers_turn()
-        metrics = self.train_step(batch)
+        with self.watchdog.watch(f"its own and the other ranks' part of step {step}"):
+            metrics = self.train_step(batch)
         self.refresh_reference(step + 1)
         trained = time.perf_counter()
         sync_metrics = self.push(step + 1)
@@ -264,9 +268,10 @@ class Trainer:
         if self.sync is None:
             return {}
         self.policy.sync_parameters()
-        report = self.sync.push(version)
-        # No rank goes on before the engines have the weights: ranks with nothing to send are early.
-        dist.barrier()
+        with self.watchdog.watch(f"the push of version {version}"):
+            report = self.sync.push(version)
+            # No rank goes on before the engines have the weights: some have nothing to send.
+            dist.barrier()
         return {
             "perf/weight_sync_bytes": float(report.size_bytes),
             "perf/weight_verify_s": report.verify_s,
@@ -276,7 +281,8 @@ class Trainer:
         """Measure accuracy where it is due and an engine is there; all ranks wait for it."""
         if not due or self.sync is None:
             return
-        result = self.sync.ask(version, lambda: self.source.evaluate(version))
+        with self.watchdog.watch(f"the evaluation of version {version}", self.source.missing):
+            result = self.sync.ask(version, lambda: self.source.evaluate(version))
         if result is not None:
             self.log(
                 version,

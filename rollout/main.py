@@ -30,6 +30,7 @@ from rollout.rewards import find_reward, punish_overlong
 from rollout.run_dir import RunDir
 from rollout.service import Service
 from rollout.tokens import Chat
+from rollout.watchdog import dump_stacks_on_signal
 
 _STOP_S = 8.0
 """How long a server that was told to end may take; longer than its own graceful shutdown."""
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--run-dir", required=True)
     arguments = parser.parse_args()
     follow_launcher()
+    dump_stacks_on_signal()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     run_dir = RunDir(arguments.run_dir)
     try:

@@ -62,6 +62,10 @@ class BatchSource(Protocol):
         """Nothing more will be asked for (one rank calls it)."""
         ...
 
+    def missing(self) -> str:
+        """What a batch that does not come waits for."""
+        ...
+
 
 class RolloutFailure(RuntimeError):
     """The rollout process said that it cannot go on, or refused a request."""
@@ -159,6 +163,10 @@ class BufferClient:
             raise RolloutFailure(f"{self._url}/health: status {reply.status_code}: {reply.text}")
         return decode(reply.content, Health)
 
+    def missing(self) -> str:
+        """As the rollout process tells."""
+        return self._describe_health()
+
     def _describe_health(self) -> str:
         try:
             health = self.health()
@@ -248,6 +256,10 @@ class JournalSource:
 
     def finish(self) -> None:
         """Nobody waits: nothing to do."""
+
+    def missing(self) -> str:
+        """A file, and that is told at once."""
+        return ""
 
     def _read(self, step: int) -> tuple[StepBatch, list[Sample]]:
         if self._entry is None or self._step != step:

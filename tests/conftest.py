@@ -13,6 +13,7 @@ from rollout.server.engine import EngineProcess
 
 API_KEY = "key-of-the-test-server"
 SERVER_FILES = {
+    "tests/e2e/test_kill.py",
     "tests/e2e/test_modes.py",
     "tests/e2e/test_resume.py",
     "tests/e2e/test_run.py",
@@ -22,7 +23,7 @@ SERVER_FILES = {
     "tests/rollout/test_router.py",
     "tests/rollout/test_turns.py",
 }
-"""Those with a test that asks for `engine`."""
+"""Those with a test that asks for `engine`, or for a run that such a test asks for as well."""
 
 
 def pytest_configure() -> None:

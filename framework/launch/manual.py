@@ -48,5 +48,10 @@ def describe_commands(stages: Stages) -> str:
 
 
 def _trainer_line(config: RunConfig) -> str:
-    command = trainer_command(config.run_dir, config.parallel.world_size, ["--standalone"])
+    command = trainer_command(
+        config.run_dir,
+        config.parallel.world_size,
+        config.cluster.max_restarts,
+        ["--standalone"],
+    )
     return shlex.join(command)

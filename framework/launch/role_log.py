@@ -7,8 +7,7 @@ from framework.launch.roles import Role
 TAIL_BYTES = 65536
 STARTS = "--- start "
 """How a line begins with which a role that was started again begins its log anew."""
-# What the other ranks say when one has died.
-_CONSEQUENCES = (
+CONSEQUENCES = (
     "ChildFailedError",
     "Connection closed by peer",
     "Connection reset by peer",
@@ -16,6 +15,7 @@ _CONSEQUENCES = (
     "DistNetworkError",
     "SignalException",
 )
+"""What the other ranks say when one has died."""
 
 
 def log_tail(role: Role) -> list[str]:
@@ -40,7 +40,7 @@ def failure_reason(tail: list[str]) -> str:
     lines = [line.strip() for line in tail]
     for wanted in (_is_own_reason, _ends_traceback):
         found = [line for line in lines if wanted(line)]
-        causes = [line for line in found if not any(word in line for word in _CONSEQUENCES)]
+        causes = [line for line in found if not any(word in line for word in CONSEQUENCES)]
         if causes:
             return causes[0]
     return _killed_rank(lines)

@@ -58,12 +58,19 @@ def rollout_command(run_dir: str | Path) -> list[str]:
     return ["drivetrain-rollout", "--run-dir", str(run_dir)]
 
 
-def trainer_command(run_dir: str | Path, num_processes: int, rendezvous: list[str]) -> list[str]:
-    """torchrun over the trainer ranks of one node; rendezvous: torchrun's own options."""
+def trainer_command(
+    run_dir: str | Path, num_processes: int, max_restarts: int, rendezvous: list[str]
+) -> list[str]:
+    """torchrun over the trainer ranks of one node; rendezvous: torchrun's own options.
+
+    max_restarts: how often it starts all ranks again when one has died.
+    """
     return [
         "torchrun",
         "--nproc-per-node",
         str(num_processes),
+        "--max-restarts",
+        str(max_restarts),
         *rendezvous,
         "-m",
         "framework.train",
@@ -171,9 +178,12 @@ def trainer_role(config: RunConfig, name: str = "trainer") -> Role | None:
     gpus = [] if uses_cpu(config) else visible_gpus()[:world_size]
     return Role(
         name=name,
-        command=_resolved(trainer_command(run_dir, world_size, ["--standalone"])),
+        command=_resolved(
+            trainer_command(run_dir, world_size, config.cluster.max_restarts, ["--standalone"])
+        ),
         env=_device_env(config, gpus),
         log=run_dir / "logs" / "trainer.log",
+        restart=Restart.KILLED,
     )
 
 

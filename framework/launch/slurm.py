@@ -95,6 +95,9 @@ def _values(stages: Stages) -> dict[str, Any]:
         "extra_sbatch": [line.removeprefix("#SBATCH").strip() for line in cluster.extra_sbatch],
         "container_image": cluster.container_image,
         "setup": cluster.setup or _this_environment(),
+        "max_restarts": cluster.max_restarts,
+        "restart_window_s": max(1, round(cluster.restart_window_s)),
+        "colocated": main.rollout.engine.colocated,
         "stop_timeout_s": max(1, round(cluster.stop_timeout_s)),
         "engines": _engines(main, use_gpus, per_node),
         "router": shlex.join(router_command(main.run_dir)) if needs_router(main) else "",
@@ -138,7 +141,8 @@ def _engines(config: RunConfig, use_gpus: bool, trainers_per_node: int) -> list[
 def _trainer(config: RunConfig) -> str:
     nodes = config.cluster.trainer_nodes
     rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d"]
-    command = trainer_command(config.run_dir, config.parallel.world_size // nodes, rendezvous)
+    per_node, again = config.parallel.world_size // nodes, config.cluster.max_restarts
+    command = trainer_command(config.run_dir, per_node, again, rendezvous)
     # The job knows its head node and number only when it runs.
     at = command.index("c10d") + 1
     dynamic = f'--rdzv-endpoint "$MEET:$PORT" --rdzv-id "$SLURM_JOB_ID-{_one_line(config.stage)}"'

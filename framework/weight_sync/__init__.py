@@ -7,7 +7,7 @@ admit(version):  the same for engines that were started again meanwhile, and for
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from framework.weight_sync.roster import Roster
 from framework.weight_sync.tensor import TensorPush
 from framework.weight_sync.turns import Turns
 from megatron_bridge.checksum import ExpectedChecksums
-from megatron_bridge.export import export_buckets
+from megatron_bridge.export import Bucket, export_buckets
 
 TRANSPORTS: dict[str, type[Transport]] = {
     "distributed": DistributedPush,
@@ -160,12 +160,15 @@ class WeightSync:
 
     def _push_once(self, version: int, engines: Engines | None) -> PushReport:
         """One attempt, to these engines; `engines` is None on all ranks but the pushing one."""
-        verifier, start = self._verifier, time.perf_counter()
-        with self._standing_still(engines):
-            if engines is not None and not set(engines.urls) <= self._known:
-                engines.end_session()
-            self._known.clear()
-            size = self._send(version, engines)
+        verifier, context, start = self._verifier, self._context, time.perf_counter()
+        with (
+            # Outermost: it plays this rank's part when an engine fails before a byte is sent.
+            export_buckets(
+                context.plan, context.chunks, context.rank, buffers=context.buffers
+            ) as buckets,
+            self._standing_still(engines),
+        ):
+            size = self._send(version, buckets, engines)
             sent = time.perf_counter()
             if engines is not None:
                 if verifier is not None:
@@ -176,17 +179,16 @@ class WeightSync:
         end = time.perf_counter()
         return PushReport(size_bytes=size, time_s=end - start, verify_s=end - sent)
 
-    def _send(self, version: int, engines: Engines | None) -> int:
-        context = self._context
-        with export_buckets(
-            context.plan, context.chunks, context.rank, buffers=context.buffers
-        ) as buckets:
-            if engines is not None:
-                if self._verifier is not None:
-                    self._verifier.reset()
-                return self._transport.send(version, buckets, engines, self._verifier)
+    def _send(self, version: int, buckets: Iterator[Bucket], engines: Engines | None) -> int:
+        if engines is None:
             next(buckets, None)  # takes part in the assembling
             return 0
+        if not set(engines.urls) <= self._known:
+            engines.end_session()
+        self._known.clear()
+        if self._verifier is not None:
+            self._verifier.reset()
+        return self._transport.send(version, buckets, engines, self._verifier)
 
     def _standing_still(self, engines: Engines | None) -> contextlib.AbstractContextManager[None]:
         if self._turns is not None:

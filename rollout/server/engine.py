@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from rollout.config import EngineConfig, load_rollout_run
-from rollout.process import follow_launcher
+from rollout.process import RESTARTS, follow_launcher
 from rollout.run_dir import RunDir
 from rollout.server.arguments import check_names, command_line
 from rollout.server.server_process import ServerError, ServerProcess, end_on_signals
@@ -124,8 +124,10 @@ def serve(run_dir: RunDir, index: int) -> int:
         index=index,
     )
     with engine:
-        if not standalone:
-            # Whenever it started: no token before the trainers' weights are in it.
+        # No token before the trainers' weights are in it. The router cannot meet an engine that is
+        # held; at a run's start nobody asks for tokens before the first push anyway.
+        again = int(os.environ.get(RESTARTS, "0"))
+        if not standalone and (again or not config.router):
             engine.hold()
         run_dir.write_address(role, engine.url)
         print(f"{role}: serving {model_path} at {engine.url}", flush=True)

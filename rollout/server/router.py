@@ -29,6 +29,7 @@ from rollout.server.server_process import (
 
 _LAUNCH = "rollout.server.launch_router"
 _WATCH_S = 0.5
+_READY_S = 3.0
 _CALL_TIMEOUT_S = 30.0
 HEALTH_INTERVAL_S = 2
 HEALTH_FAILURES = 2
@@ -131,7 +132,7 @@ def _watch(router: RouterProcess, run_dir: RunDir, ours: list[str]) -> int:
     while (status := router.process.poll()) is None:
         for k, name in enumerate(ours):
             url = run_dir.read_address(name)
-            if url is None or url == router.engine_urls[k]:
+            if url is None or url == router.engine_urls[k] or not _is_let_go(url):
                 continue
             try:
                 router.replace(router.engine_urls[k], url)
@@ -140,6 +141,14 @@ def _watch(router: RouterProcess, run_dir: RunDir, ours: list[str]) -> int:
                 print(f"router: {name} at {url} is not taken in yet: {error}", flush=True)
         time.sleep(_WATCH_S)
     return status
+
+
+def _is_let_go(url: str) -> bool:
+    """Whether an engine serves; the router would give up meeting one that is held for weights."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=_READY_S, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def test_the_run_does_not_depend_on_its_engines(
 def test_a_lost_server_ends_the_run_with_its_name(tmp_path: Path, victim: str) -> None:
     run_dir = tmp_path / "run"
     command = [str(Path(sys.executable).with_name("drivetrain")), *COMMON, TWO, ROUTER]
-    command += ["num_steps=1000", f"run_dir={run_dir}"]
+    command += ["num_steps=1000", "cluster.max_restarts=0", f"run_dir={run_dir}"]
     quiet, pipe = subprocess.DEVNULL, subprocess.PIPE
     process = subprocess.Popen(command, stdout=quiet, stderr=pipe, text=True)
     try:

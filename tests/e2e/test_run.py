@@ -13,14 +13,6 @@ from safetensors.torch import load_file
 from framework.weight_sync.engines import Engines, WeightSyncError
 
 
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
-    """Warm start, its own engine, two data-parallel trainers, six steps of GRPO."""
-    run_dir = tmp_path_factory.mktemp("run") / "first"
-    done = drivetrain(*COMMON, "warm_start.num_steps=80", "parallel.dp=2", f"run_dir={run_dir}")
-    return run_dir, done
-
-
 def test_a_run_ends_with_everything_it_promises(first_run):
     run_dir, done = first_run
     last = done.stdout.strip().splitlines()[-1]
