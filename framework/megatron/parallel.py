@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from framework.config import ParallelConfig
+from framework.megatron.rendezvous import open_store
 from megatron_bridge.layout import Coords, Layout
 
 
@@ -59,16 +60,22 @@ def start_mesh(config: ParallelConfig, seed: int) -> Mesh:
             f"torchrun started {world} processes; parallel.tp * pp * cp * dp = {config.world_size}"
         )
     timeout = datetime.timedelta(seconds=config.timeout_s)
+
+    def join(backend: str) -> None:
+        if not dist.is_initialized():
+            store = open_store(timeout)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=timeout
+            )
+
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
+        join("cuda:nccl,cpu:gloo")
     else:
         device = torch.device("cpu")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timeout)
+        join("gloo")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
