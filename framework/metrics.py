@@ -6,6 +6,7 @@ flushed line by line, so that a run that dies has told all it knew.
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,15 +102,21 @@ class MetricsReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self._inode = -1
 
     def poll(self) -> list[dict[str, Any]]:
         """The lines written since the last call, as dicts with `step`; [] while there is no file.
+
+        All lines, where trainers that started again have put a shorter file in its place.
 
         Raises:
             ValueError: a line is not a JSON object with a step.
         """
         try:
             with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._offset = inode, 0
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:

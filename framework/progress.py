@@ -73,7 +73,7 @@ class RunHistory:
         return rows
 
     def _note_step(self, row: dict[str, float]) -> None:
-        self.steps_done += 1
+        self.steps_done = int(row["step"])
         self.losses = [*self.losses[:1], row["train/loss"]]
         self.steps_with_signal += row.get("rollout/groups_uniform_fraction", 0.0) < 1
         if LOGPROB_DIFF in row:

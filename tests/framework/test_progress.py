@@ -11,7 +11,7 @@ from framework.compose import compose_config
 from framework.finish import finish_run
 from framework.metrics import MetricsLogger, MetricsReader
 from framework.progress import ProgressView, RunHistory, format_duration
-from rollout.run_dir import RunDir
+from rollout.run_dir import RunDir, write_atomic
 
 
 def log_run(path: Path, num_steps: int) -> None:
@@ -64,6 +64,9 @@ def test_reader_waits_for_whole_lines_and_tells_each_once(tmp_path: Path) -> Non
     with path.open("a") as file:
         file.write(": 2}\n")
     assert reader.poll() == [{"step": 2}]
+    write_atomic(path, b'{"step": 1}\n')  # trainers that go back drop what they will write anew
+    assert reader.poll() == [{"step": 1}]
+    assert reader.poll() == []
 
 
 def test_plain_lines_tell_the_stages_and_figures(tmp_path: Path) -> None:
