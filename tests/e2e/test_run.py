@@ -59,7 +59,7 @@ def test_hf_directory_gives_the_engines_greedy_answers_in_transformers(first_run
         ids = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        out = model.generate(**ids, do_sample=False, max_new_tokens=8)
+        out = model.generate(**ids, do_sample=False, max_new_tokens=8)  # pyright: ignore
         answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
         assert answer == sample["response"]
 

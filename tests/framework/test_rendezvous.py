@@ -18,7 +18,7 @@ def meet(
 
     def join(rank: int) -> None:
         with contextlib.suppress(TimeoutError, dist.DistStoreError):
-            found[rank] = agree(store.clone(), rank, world_size, timeout_s)
+            found[rank] = agree(store.clone(), rank, world_size, timeout_s)  # pyright: ignore
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks]
     for thread in threads:

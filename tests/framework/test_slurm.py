@@ -135,3 +135,51 @@ def test_refused_submission_is_a_failure_with_slurms_own_reason(
     install(fake_sbatch, "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
     assert main([*CASES["cpu_shared_nodes"], f"run_dir={tmp_path / 'run'}"]) == 1
     assert "invalid partition specified: gpu" in capsys.readouterr().err
+
+
+SRUN = """#!/bin/bash
+for word in "$@"; do
+    case $word in --output=*) role=$(basename "${word#--output=}" .log) ;; esac
+done
+echo "$role $DRIVETRAIN_RESTARTS" >>$CALLS
+count=$(grep -c "^$role " $CALLS)
+case $role in
+engine_0) ((count < 3)) && exit 137 ;;
+rollout) ((count < 2)) && exit 137 ;;
+esac
+until [[ -e $CALLS.end ]]; do
+    [[ $role == trainer ]] && grep -q "engine_0 2" $CALLS && grep -q "rollout 1" $CALLS && exit 0
+    sleep 0.05
+done
+"""
+
+
+@pytest.mark.parametrize(("max_restarts", "status"), [(2, 0), (1, 1)])
+def test_the_job_starts_again_what_dies(tmp_path: Path, max_restarts: int, status: int) -> None:
+    """With stand-ins for Slurm's commands: an engine dies twice, the rollout process once."""
+    bin_dir, run_dir = tmp_path / "bin", tmp_path / "run"
+    for path in (bin_dir, run_dir / "addresses", run_dir / "logs"):
+        path.mkdir(parents=True)
+    (run_dir / "addresses" / "engine_0.json").write_text("of the dead one")
+    commands = {"srun": SRUN, "scancel": "#!/bin/bash\ntouch $CALLS.end\n"}
+    commands["scontrol"] = "#!/bin/bash\necho node0 NodeAddr=127.0.0.1\n"
+    for name, text in commands.items():
+        (bin_dir / name).write_text(text)
+        (bin_dir / name).chmod(0o755)
+    case = [each for each in CASES["cpu_shared_nodes"] if not each.startswith("run_dir=")]
+    overrides = [f"run_dir={run_dir}", "tracker.report=false", "warm_start.num_steps=0"]
+    script = tmp_path / "job.sbatch"
+    script.write_text(rendered([*case, *overrides, f"cluster.max_restarts={max_restarts}"]))
+    env = os.environ | {"PATH": f"{bin_dir}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    env |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node0", "SLURM_CPUS_PER_TASK": "1"}
+    done = subprocess.run(
+        ["bash", script], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == status, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call for call in calls if call.startswith("engine_0")] == [
+        f"engine_0 {count}" for count in range(max_restarts + 1)
+    ]
+    assert not (run_dir / "addresses" / "engine_0.json").exists()
+    if status:
+        assert "engine_0 ended with exit code 137" in done.stderr
