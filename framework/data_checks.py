@@ -1,11 +1,14 @@
 """What is refused of the task, its reward and its filters. Imports the user's own code."""
 
+import shutil
 from collections.abc import Iterator
 from random import Random
 
 from framework.config import RunConfig
 from framework.preference_checks import COMPARING, preference_data_errors
 from rollout.agents import find_generate
+from rollout.agents.black_box import find_agent
+from rollout.config import AgentConfig
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters
 from rollout.rewards import NEED_ANSWER, find_reward
@@ -48,12 +51,28 @@ def _generate_errors(config: RunConfig) -> Iterator[str]:
     data, batch_timeout_s = config.data, config.rollout.batch_timeout_s
     if data.generate == "environment":
         return
-    try:
-        find_generate(data.generate)
-    except ValueError as error:
-        yield f"data.generate={data.generate}: {error}"
+    if data.generate == "agent":
+        yield from _agent_errors(data.agent)
+    else:
+        try:
+            find_generate(data.generate)
+        except ValueError as error:
+            yield f"data.generate={data.generate}: {error}"
     if data.episode_timeout_s >= batch_timeout_s:
         yield (
             f"data.episode_timeout_s={data.episode_timeout_s:g}: trainers would give up before a "
             f"hung episode does; less than rollout.batch_timeout_s={batch_timeout_s:g}"
         )
+
+
+def _agent_errors(agent: AgentConfig) -> Iterator[str]:
+    if bool(agent.command) == bool(agent.function):
+        found = "both" if agent.command else "neither"
+        yield f"data.generate=agent: one of data.agent.command and data.agent.function, not {found}"
+    elif agent.function:
+        try:
+            find_agent(agent.function)
+        except ValueError as error:
+            yield f"data.agent.function={agent.function}: {error}"
+    elif shutil.which(agent.command[0]) is None:
+        yield f"data.agent.command={agent.command}: there is no program {agent.command[0]}"

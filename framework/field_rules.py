@@ -93,7 +93,9 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "rollout.max_staleness_steps",
     "rollout.engine.max_retries",
+    "rollout.agent_port",
     "rollout.port",
+    "data.max_concurrency",
     "data.eval_temperature",
     "data.overlong_penalty",
     "data.overlong_share",
@@ -161,6 +163,6 @@ def _problem(key: str, value: Any) -> str | None:
         return f"must be one of {', '.join(options)}{OWN.get(key, '')}"
     if key == "name" and (not value or "/" in str(value)):
         return "a directory name is wanted"
-    if key == "rollout.port" and value > 65535:
+    if key in ("rollout.port", "rollout.agent_port") and value > 65535:
         return "a port is at most 65535 (0: any free one)"
     return None

@@ -83,6 +83,8 @@ class RolloutConfig:
     """Interface the rollout process binds to."""
     port: int = 0
     """0: any free port; the address is written to the run directory."""
+    agent_port: int = 0
+    """Of the endpoint of data.generate=agent, on the same interface; 0: any free one."""
     address: str = ""
     """http://host:port of a rollout process started elsewhere; empty: in the run directory."""
     batch_timeout_s: float = 600.0
@@ -92,6 +94,19 @@ class RolloutConfig:
     place."""
     max_body_bytes: int = 268435456
     """Largest HTTP request the rollout process accepts."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AgentConfig:
+    """A black-box agent (data.generate=agent): one of command and function."""
+
+    command: list[str] = field(default_factory=list)
+    """A process an episode, as words: [python, my_agent.py]. The task is JSON on its stdin; its
+    environment has OPENAI_BASE_URL and OPENAI_API_KEY; it ends with status 0."""
+    function: str = ""
+    """package.module.function of an AgentCall, a coroutine or not."""
+    override_sampling: bool = False
+    """An agent that asks for another temperature than the run's gets the run's; off: refused."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,10 +127,14 @@ class DataConfig:
     """A row of rollout.rewards.REWARDS (`environment`: what the environment itself says), or a
     function of yours: package.module.function."""
     generate: str = "environment"
-    """Who plays the episodes: `environment` (its turns), or a program of yours,
-    package.module.function: async (engine, task, sampling) -> list[Sample]."""
+    """Who plays the episodes: `environment` (its turns), `agent` (data.agent, over HTTP), or a
+    program of yours, package.module.function: async (engine, task, sampling) -> list[Sample]."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
     episode_timeout_s: float = 300.0
     """Bound of a whole episode that data.generate plays; past it the episode counts as failed."""
+    max_concurrency: int = 0
+    """Calls of environments and rewards, and episodes of data.generate, that run at a time. 0: any
+    number; of data.agent.command twice the CPU cores."""
     overlong_share: float = 0.0
     """DAPO's soft punishment: from where this share of rollout.sampling.max_new_tokens is left, the
     training reward falls, by overlong_penalty where none is left. 0: none."""

@@ -86,6 +86,8 @@ class Generator:
     """A program of the user's own plays the episodes; None: their environments' turns."""
     episode_timeout_s: float = 300.0
     """Bound of an episode that `play` plays."""
+    places: asyncio.Semaphore | None = None
+    """How many calls of foreign code run at a time."""
 
     async def run(self, episodes: list[Episode], version: int) -> list[Sample]:
         """Samples of the episodes, in order; with `play` of an episode one or several.
@@ -227,16 +229,17 @@ class Generator:
 
     async def _guard(self, call: Awaitable[T], what: str, timeout_s: float | None = None) -> T:
         """Await foreign code within its bound; whatever it raises becomes an _EpisodeError."""
-        bound = asyncio.timeout(self.timeout_s if timeout_s is None else timeout_s)
-        try:
-            with _boundary(what):
-                async with bound:
-                    return await call
-        except _EpisodeError:
-            if bound.expired():
-                limit = self.timeout_s if timeout_s is None else timeout_s
-                raise _EpisodeError(f"{what}: no answer within {limit:g} s") from None
-            raise
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        async with self.places or contextlib.nullcontext():  # waiting for a place is not its time
+            bound = asyncio.timeout(limit)
+            try:
+                with _boundary(what):
+                    async with bound:
+                        return await call
+            except _EpisodeError:
+                if bound.expired():
+                    raise _EpisodeError(f"{what}: no answer within {limit:g} s") from None
+                raise
 
     def _nothing(self) -> Transcript:
         """Where nothing was sampled: a placeholder of one token each, which trains nothing."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import uvicorn
 
-from rollout.agents import find_generate
+from rollout.agents.players import places, player
 from rollout.buffer import DataBuffer
 from rollout.client import EngineClient, EngineFailure
 from rollout.config import EngineConfig, RolloutRun, load_rollout_run
@@ -56,12 +56,6 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
         reward = find_reward(run.data.reward)
     except ValueError as error:
         raise ValueError(f"data.reward={run.data.reward}: {error}") from error
-    play = None
-    if run.data.generate != "environment":
-        try:
-            play = find_generate(run.data.generate)
-        except ValueError as error:
-            raise ValueError(f"data.generate={run.data.generate}: {error}") from error
     engine, sampling, data = run.rollout.engine, run.rollout.sampling, run.data
     filters = GroupFilters(run.rollout.filters)
     prompts = PromptStream(run.data, run.seed, "train")
@@ -73,9 +67,12 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
     def find_urls() -> list[str]:
         return [url for role in roles if (url := run_dir.read_address(role)) is not None]
 
-    async with EngineClient(
-        urls, engine.api_key or run_dir.token(), engine, find_urls if roles else None
-    ) as client:
+    async with (
+        EngineClient(
+            urls, engine.api_key or run_dir.token(), engine, find_urls if roles else None
+        ) as client,
+        player(data, run.rollout, run_dir.token()) as play,
+    ):
         generator = Generator(
             client=client,
             chat=chat,
@@ -83,7 +80,8 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             reward=reward,
             timeout_s=run.data.timeout_s,
             play=play,
-            episode_timeout_s=run.data.episode_timeout_s,
+            episode_timeout_s=data.episode_timeout_s,
+            places=places(data),
         )
         # Of training alone: accuracy is of what the task itself says.
         punished = reward

@@ -75,6 +75,19 @@ def end_process_group(process: subprocess.Popen, timeout_s: float) -> None:
     psutil.wait_procs(tree, timeout=10)
 
 
+def kill_tree(pid: int) -> None:
+    """SIGKILL, at once, to a process that leads its own group and to all that came of it.
+
+    Its own session (start_new_session=True) is found even after it has ended; descendants that
+    left for sessions of their own only while it lives.
+    """
+    tree = _descendants(pid)
+    _signal_group(pid, signal.SIGKILL)
+    for child in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
 def _signal_group(pgid: int, signum: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pgid, signum)

@@ -1,15 +1,15 @@
 """The rollout process's HTTP interface to the trainers: a token, bounded bodies, typed messages."""
 
 import asyncio
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from rollout.bodies import Refused, carries, read_body
 from rollout.client import EngineFailure
 from rollout.evaluate import Evaluator
 from rollout.messages import (
@@ -27,14 +27,6 @@ T = TypeVar("T")
 _LONG_POLL_S = 20.0
 
 
-class _Refused(Exception):
-    """A request that gets `status` and one line."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 class Service:
     """The routes. `finished` is set by POST /finish."""
 
@@ -44,7 +36,7 @@ class Service:
         self.finished = asyncio.Event()
         self._producer = producer
         self._evaluator = evaluator
-        self._authorization = f"Bearer {token}".encode()
+        self._token = token
         self._max_body_bytes = max_body_bytes
 
     def app(self) -> Starlette:
@@ -69,12 +61,11 @@ class Service:
         """Check the token first; turn refusals and failures into one line of text."""
 
         async def endpoint(request: Request) -> Response:
-            given = request.headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, self._authorization):
+            if not carries(request, self._token):
                 return _line(401, "this run's token is missing or wrong (Authorization: Bearer)")
             try:
                 return await handler(request)
-            except _Refused as error:
+            except Refused as error:
                 return _line(error.status, str(error))
             except (ProducerFailure, EngineFailure, ValueError) as error:
                 return _line(500, str(error))
@@ -82,26 +73,11 @@ class Service:
         return endpoint
 
     async def _read(self, request: Request, wanted: type[T]) -> T:
-        length = request.headers.get("content-length", "0")
-        if not length.isdecimal():
-            raise _Refused(400, f"content-length {length!r} is not a number")
-        if int(length) > self._max_body_bytes:
-            raise _Refused(413, self._too_large())
-        body = bytearray()
+        body = await read_body(request, self._max_body_bytes)
         try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self._max_body_bytes:
-                    raise _Refused(413, self._too_large())
-        except ClientDisconnect:
-            raise _Refused(400, "the request broke off") from None
-        try:
-            return decode(bytes(body), wanted)
+            return decode(body, wanted)
         except ValueError as error:
-            raise _Refused(400, str(error)) from None
-
-    def _too_large(self) -> str:
-        return f"the body exceeds rollout.max_body_bytes={self._max_body_bytes}"
+            raise Refused(400, str(error)) from None
 
     async def _health(self, request: Request) -> Response:
         buffer = self._producer.buffer
@@ -124,32 +100,32 @@ class Service:
     async def _samples(self, request: Request) -> Response:
         wanted = await self._read(request, SamplesRequest)
         if wanted.step >= self._producer.buffer.next_step:
-            raise _Refused(409, f"step {wanted.step} has not been delivered yet")
+            raise Refused(409, f"step {wanted.step} has not been delivered yet")
         delivered = await self._get_step(wanted.step, _LONG_POLL_S)
         assert delivered is not None
         _, samples = delivered
         if bad := [k for k in wanted.indices if not 0 <= k < len(samples)]:
-            raise _Refused(400, f"step {wanted.step} has {len(samples)} samples, not {bad[:5]}")
+            raise Refused(400, f"step {wanted.step} has {len(samples)} samples, not {bad[:5]}")
         return _message([samples[k] for k in wanted.indices])
 
     async def _get_step(self, step: int, wait_s: float):
         if step < 0:
-            raise _Refused(400, f"step is {step}: steps count from 0")
+            raise Refused(400, f"step is {step}: steps count from 0")
         try:
             return await self._producer.batch(step, wait_s)
         except ValueError as error:
-            raise _Refused(409, str(error)) from None
+            raise Refused(409, str(error)) from None
 
     async def _version(self, request: Request) -> Response:
         wanted = await self._read(request, VersionRequest)
         if wanted.version < 0:
-            raise _Refused(400, f"version is {wanted.version}: versions count from 0")
+            raise Refused(400, f"version is {wanted.version}: versions count from 0")
         if self._producer.failure is not None:
             raise ProducerFailure(self._producer.failure)
         try:
             self._producer.publish(wanted.version)
         except ValueError as error:
-            raise _Refused(409, str(error)) from None
+            raise Refused(409, str(error)) from None
         return Response(status_code=200)
 
     async def _evaluate(self, request: Request) -> Response:
@@ -161,14 +137,14 @@ class Service:
         try:
             return _message(await self._producer.state_dict(wanted.version))
         except ValueError as error:
-            raise _Refused(409, str(error)) from None
+            raise Refused(409, str(error)) from None
 
     async def _restore(self, request: Request) -> Response:
         wanted = await self._read(request, RestoreRequest)
         try:
             await self._producer.go_back(wanted.step, wanted.state)
         except ValueError as error:
-            raise _Refused(400, str(error)) from None
+            raise Refused(400, str(error)) from None
         await self._evaluator.forget_after(wanted.step)
         return Response(status_code=200)
 

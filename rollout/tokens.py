@@ -4,13 +4,12 @@ A conversation only grows: what the policy sampled stays as it was sampled, and 
 of the environment is rendered alone and appended, never re-tokenised with what came before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rollout.environments.base import Message
 from rollout.types import Sample, Status
 
 
@@ -40,11 +39,20 @@ class Chat:
         except OSError as error:
             raise ValueError(f"model.hf_path={hf_path!r}: no tokenizer: {error}") from error
 
-    def prompt(self, messages: list[Message]) -> list[int]:
-        """Tokens of a conversation up to where the policy's reply begins."""
-        return self.tokens(self._render(messages, add_generation_prompt=True))
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Tokens of a conversation up to where the policy's reply begins.
 
-    def continuation(self, messages: list[Message], *, ended: bool) -> list[int]:
+        tools: JSON schemas, for templates that know of them (`knows`).
+        """
+        return self.tokens(self._render(messages, tools))
+
+    def knows(self, name: str) -> bool:
+        """Whether the template speaks of `tools` or `tool_calls`."""
+        return name in self.tokenizer.chat_template
+
+    def continuation(self, messages: Sequence[Mapping[str, Any]], *, ended: bool) -> list[int]:
         """Tokens between one reply of the policy and the next: the environment's messages.
 
         ended: the reply carries its end token already; else the end token comes first here.
@@ -52,11 +60,11 @@ class Chat:
         # Rendered after a stand-in conversation and cut off it: templates render a message alike
         # whatever stands before the last turn, but many refuse one that starts with an answer.
         marker = "reply"
-        before: list[Message] = [
+        before: list[Mapping[str, Any]] = [
             {"role": "user", "content": "prompt"},
             {"role": "assistant", "content": marker},
         ]
-        text = self._render(before + messages, add_generation_prompt=True)
+        text = self._render([*before, *messages])
         _, found, rest = text.partition(marker)
         end_text = self.tokenizer.convert_ids_to_tokens(self.end_id)
         between, has_end, rest = rest.partition(end_text)
@@ -82,9 +90,11 @@ class Chat:
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=False) if token_ids else ""
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> str:
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
         )
 
     def tokens(self, text: str) -> list[int]:

@@ -4,7 +4,6 @@ The format is the one of Hermes and Qwen: schemas in the system message, and in 
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 """
 
-import asyncio
 import inspect
 import json
 import re
@@ -17,8 +16,9 @@ from typing import Any
 import msgspec
 
 from rollout.own_code import import_own
+from rollout.threads import in_thread
 
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _PROMPT = """You may call these functions:
 <tools>
 {schemas}
@@ -80,6 +80,12 @@ def make_tool(function: Callable[..., Any]) -> Tool:
     )
 
 
+def tools_prompt(schemas: Sequence[dict[str, Any]]) -> str:
+    """What a system message says of functions with these schemas."""
+    lines = [json.dumps({"type": "function", "function": schema}) for schema in schemas]
+    return _PROMPT.format(schemas="\n".join(lines))
+
+
 class Tools:
     """The tools of a task."""
 
@@ -88,15 +94,14 @@ class Tools:
 
     def prompt(self) -> str:
         """What the system message says of them."""
-        schemas = [{"type": "function", "function": tool.schema} for tool in self._tools.values()]
-        return _PROMPT.format(schemas="\n".join(map(json.dumps, schemas)))
+        return tools_prompt([tool.schema for tool in self._tools.values()])
 
     async def answer(self, reply: str) -> list[str]:
         """The result of each call in a reply, in order; empty: it makes none.
 
         What is wrong with a call, or what the function raised, is its result: the policy is told.
         """
-        return [await self._run(text) for text in _CALL.findall(reply)]
+        return [await self._run(text) for text in CALL.findall(reply)]
 
     async def _run(self, text: str) -> str:
         try:
@@ -116,7 +121,7 @@ class Tools:
             if inspect.iscoroutinefunction(tool.function):
                 result = await tool.function(**named)
             else:  # in a thread: others go on meanwhile
-                result = await asyncio.to_thread(tool.function, **named)
+                result = await in_thread(tool.function, **named)
             return result if isinstance(result, str) else json.dumps(result)
         except Exception as error:  # somebody else's code: anything may come
             return f"error: {type(error).__name__}: {error}"

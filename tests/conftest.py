@@ -19,6 +19,7 @@ SERVER_FILES = {
     "tests/e2e/test_run.py",
     "tests/framework/test_push.py",
     "tests/megatron_bridge/test_checksum.py",
+    "tests/rollout/test_endpoint.py",
     "tests/rollout/test_engine.py",
     "tests/rollout/test_router.py",
     "tests/rollout/test_turns.py",

@@ -1,6 +1,7 @@
 """Episodes that programs of the user's own play, instead of an environment's turns.
 
 `engine.py`: the policy as such a program sees it, and the seam `data.generate` names.
+`black_box.py`, `endpoint.py`, `session.py`, `protocol.py`: agents that speak OpenAI's protocol.
 """
 
 import inspect
@@ -19,7 +20,7 @@ def find_generate(name: str) -> GenerateFunction:
             line, without the key.
     """
     if "." not in name:
-        raise ValueError("must be environment, or package.module.function")
+        raise ValueError("must be environment, agent, or package.module.function")
     found = import_own(name)
     if not inspect.iscoroutinefunction(found):
         raise ValueError("is not an `async def` of (engine, task, sampling)")

@@ -16,6 +16,7 @@ import numpy as np
 from rollout.client import EngineFailure, EngineRefusal, Generation
 from rollout.config import SamplingConfig
 from rollout.environments import Environment
+from rollout.environments.base import Message
 from rollout.seeds import derive_seed
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
@@ -87,6 +88,15 @@ class AgentTask:
     """Place in its group; samples get their final places afterwards."""
     seed: int
     """For whatever the program draws itself."""
+
+    messages: list[Message] | None = None
+    """The environment's first messages, once they were asked for."""
+
+    async def initial_messages(self) -> list[Message]:
+        """The environment's, which is asked once."""
+        if self.messages is None:
+            self.messages = await self.environment.initial_messages()
+        return self.messages
 
     def sample(self, transcript: Transcript, reward: float = 0.0, **named) -> Sample:
         """A transcript as a sample of this episode; reward: what data.reward=environment takes."""

@@ -160,7 +160,7 @@ def test_a_dead_engine_ends_the_run_and_a_refused_request_only_the_episode(chat)
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nosuch", "must be environment, or package.module.function"),
+        ("nosuch", "must be environment, agent, or package.module.function"),
         ("tests.rollout.test_agents.nosuch", "has no nosuch"),
         ("tests.rollout.test_agents.two_arguments", r"must take \(engine, task, sampling\)"),
         ("tests.rollout.test_agents.no_coroutine", "is not an `async def`"),
