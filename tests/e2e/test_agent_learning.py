@@ -1,7 +1,8 @@
 """A black-box agent, a script with OpenAI's client, trains; what it was told was sampled is what is
 trained, token for token, by the journal.
 
-nightly: a whole training of some minutes.
+nightly: a whole training of some minutes. Seen: .460 -> .820 in 30 steps, 3,840 samples of 6,793
+turns.
 """
 
 import json

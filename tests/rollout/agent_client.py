@@ -24,9 +24,9 @@ def note(base_url: str, reply: Any) -> None:
             file.write(json.dumps({"base_url": base_url, "sampled": told}) + "\n")
 
 
-def tool_result(said: str) -> str | None:
+def tool_result(said: str | None) -> str | None:
     """What the calculator says to a call `[expression]`; None: this was the answer."""
-    if not (said.startswith("[") and said.endswith("]")):
+    if not said or not (said.startswith("[") and said.endswith("]")):
         return None
     try:
         return f"={evaluate(said[1:-1])}|"
@@ -37,7 +37,7 @@ def tool_result(said: str) -> str | None:
 async def solve(call: AgentCall) -> None:
     """One episode; the environment judges what was said."""
     async with AsyncOpenAI(base_url=call.base_url, api_key=call.api_key) as client:
-        messages = list(call.messages)
+        messages: list[Any] = list(call.messages)
         for _ in range(MAX_CALLS + 1):
             reply = await client.chat.completions.create(
                 model="policy", messages=messages, logprobs=True
