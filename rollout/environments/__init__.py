@@ -8,9 +8,11 @@ from rollout.environments.calculator import CalculatorEnvironment
 from rollout.environments.countdown import CountdownEnvironment
 from rollout.environments.frozen_lake import FrozenLakeEnvironment
 from rollout.environments.guess import GuessEnvironment
+from rollout.environments.gymnasium import GymnasiumEnvironment
 from rollout.environments.jsonl import JsonlEnvironment
 from rollout.environments.reasoning_gym import ReasoningGymEnvironment
 from rollout.environments.sort import SortEnvironment
+from rollout.environments.textarena import TextArenaEnvironment
 from rollout.own_code import look_up
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
@@ -21,6 +23,8 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "frozen_lake": FrozenLakeEnvironment,
     "countdown": CountdownEnvironment,
     "reasoning_gym": ReasoningGymEnvironment,
+    "gymnasium": GymnasiumEnvironment,
+    "textarena": TextArenaEnvironment,
     "jsonl": JsonlEnvironment,
 }
 
