@@ -8,18 +8,43 @@ from hypothesis import strategies as st
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.layout import Coords, Layout
 from megatron_bridge.mapping import check, engine_views, hf_shapes, rank_views
-from megatron_bridge.models import describe
+from megatron_bridge.models import ARCHITECTURES, describe
 from megatron_bridge.models.architecture import Spec
 from megatron_bridge.views import copy_in, tiling_errors
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(FAST, max_examples=400)
 DENSE = ["Qwen3", "Qwen2", "Llama", "Mistral"]
+MOE = ["Qwen3Moe", "Qwen2Moe", "Mixtral", "Glm4Moe", "DeepseekV3"]
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+}
+
+
+@st.composite
+def sigmoid_experts(draw, num_layers, tp):
+    """Fields of GLM-4.5 and DeepSeek-V3: shared experts, first layers dense."""
+    return {
+        "n_shared_experts": draw(st.sampled_from([1, 2])),
+        "moe_intermediate_size": max(4, tp) * draw(st.sampled_from([1, 3])),
+        "first_k_dense_replace": draw(st.integers(0, num_layers - 1)),
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+    }
 
 
 @st.composite
 def cases(draw):
-    """(config.json, layout, spec, vocabulary multiple): all divides, nothing else is tame."""
+    """(config.json, layout, spec, vocabulary multiple): all divides, nothing else is tame.
+
+    Every architecture, tied and not, biases, layers dense or with experts, stages even and not.
+    """
     tp = draw(st.sampled_from([1, 2, 4, 8]))
     pp = draw(st.sampled_from([1, 2, 4]))
     vpp = draw(st.sampled_from([1, 2])) if pp > 1 else 1
@@ -39,22 +64,25 @@ def cases(draw):
     }
     sizes = {"tp": tp, "pp": pp, "vpp": vpp, "dp": draw(st.sampled_from([1, 2, 4]))}
     if draw(st.booleans()):
-        family = draw(st.sampled_from(["Qwen3Moe", "Qwen2Moe", "Mixtral"]))
-        config |= {
-            "architectures": [f"{family}ForCausalLM"],
-            "num_experts": draw(st.sampled_from([4, 8])),
-            "num_experts_per_tok": 2,
-        }
+        family = draw(st.sampled_from(MOE))
+        config |= {"architectures": [f"{family}ForCausalLM"], "num_experts_per_tok": 2}
+        experts = {"Glm4Moe": "n_routed_experts", "DeepseekV3": "n_routed_experts"}
+        config[experts.get(family, "num_experts")] = draw(st.sampled_from([4, 8]))
         if family != "Mixtral":
-            config |= {
-                "moe_intermediate_size": draw(st.sampled_from([4, 12])),
-                "decoder_sparse_step": draw(st.sampled_from([1, 2])) if pp > 1 else 1,
-            }
+            config["moe_intermediate_size"] = draw(st.sampled_from([4, 12]))
+        if family.startswith("Qwen"):
+            config["decoder_sparse_step"] = draw(st.sampled_from([1, 2])) if pp > 1 else 1
         if family == "Qwen2Moe":
             config["shared_expert_intermediate_size"] = 8 * draw(st.sampled_from([1, 3]))
-        experts = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
+        if family in experts:
+            config |= draw(sigmoid_experts(config["num_hidden_layers"], tp))
+        if family == "Glm4Moe":
+            config |= {"attention_bias": True, "use_qk_norm": draw(st.booleans())}
+        if family == "DeepseekV3":
+            config |= LATENT | {"num_key_value_heads": heads, "tie_word_embeddings": False}
+        parts = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
         stage = tp * sizes["dp"]
-        fitting = [(ep, etp) for ep, etp in experts if stage % (ep * etp) == 0]
+        fitting = [(ep, etp) for ep, etp in parts if stage % (ep * etp) == 0]
         sizes["ep"], sizes["etp"] = draw(st.sampled_from(fitting))
     if pp > 1 and draw(st.booleans()):
         config["num_hidden_layers"] += vpp
@@ -144,6 +172,10 @@ def test_every_rank_holds_its_boxes_and_zeros_beside_them(case):
             assert not rest.any()
 
 
+def test_random_cases_name_every_architecture():
+    assert {f"{family}ForCausalLM" for family in DENSE + MOE} == ARCHITECTURES.keys()
+
+
 @FAST
 @given(cases(), st.sampled_from([1, 2, 4]))
 def test_engine_ranks_hold_every_weight(case, engine_tp):
@@ -152,6 +184,10 @@ def test_engine_ranks_hold_every_weight(case, engine_tp):
     if config["num_attention_heads"] % engine_tp or (kv_heads % engine_tp and engine_tp % kv_heads):
         return
     model = describe(config)
+    if not model.architecture.engine_rows:
+        with pytest.raises(ValueError, match=r"weight_sync\.verify=false"):
+            engine_views(config, engine_tp, 0, "cuda")
+        return
     if model.architecture.engine_limit(model.shape):
         with pytest.raises(ValueError, match=r"SGLang cannot serve this \w+ForCausalLM"):
             engine_views(config, engine_tp, 0, "cuda")
