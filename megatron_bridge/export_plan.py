@@ -160,7 +160,7 @@ class ExportPlan:
                             layout.rank(pp=pp) + rank,
                             chunk,
                             f"decoder.layers.{local}.{name}",
-                            box._replace(name=hf_name),
+                            Box(hf_name, *box[1:]),
                         )
                         pieces.setdefault(hf_name, []).append(piece)
         return pieces

@@ -37,6 +37,7 @@ def make_model(path: Path, size_mb: int) -> int:
     layer = 2 * (hidden * 128 * (16 + 8 + 8 + 16) + 3 * hidden * 3072)
     config: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "vocab_size": 32_001,  # padded in Megatron
         "hidden_size": hidden,
         "intermediate_size": 3072,
