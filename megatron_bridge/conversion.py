@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from megatron_bridge.fp8 import Fp8Tensors, fp8_config
 from megatron_bridge.hf_checkpoint import HfCheckpoint, read_config
 from megatron_bridge.hf_writer import HfWriter, check_free, give_name, partial_dir
 from megatron_bridge.layout import Layout
 from megatron_bridge.load import check_checkpoint, check_tied, unused_tensors
 from megatron_bridge.mapping import model_shapes, rank_views
+from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import OUTPUT, Spec
 from megatron_bridge.torch_dist import HfTensors, TorchDistCheckpoint
 from megatron_bridge.torch_dist_writer import TorchDistWriter
@@ -82,8 +84,12 @@ def to_hf(
     like: Path,
     max_file_bytes: int,
     progress: Progress = lambda done, total: None,
+    *,
+    fp8: bool = False,
 ) -> Converted:
     """A Hugging Face directory from a checkpoint saved in any layout; one tensor in memory.
+
+    fp8: the linear weights of the layers as block fp8 (see `megatron_bridge.fp8`).
 
     A conversion that was killed goes on after the last file that it completed.
 
@@ -94,13 +100,18 @@ def to_hf(
     config = read_config(like)
     checkpoint = TorchDistCheckpoint(ckpt_dir)
     tensors = HfTensors(checkpoint, config)
+    if fp8:
+        model = describe(config)
+        tensors, config = Fp8Tensors(tensors, model), fp8_config(config, model)
     entries = list(tensors.entries())
     sizes = {name: dtype.itemsize * prod(shape) for name, dtype, shape in entries}
     total = sum(sizes.values())
     check_free(out_dir.absolute())
     source = hashlib.sha256(f"{checkpoint.fingerprint} {json.dumps(config)}".encode()).hexdigest()
     with _alone(partial_dir(out_dir.absolute())):
-        writer = HfWriter(out_dir, entries, like, max_file_bytes, resume=source)
+        writer = HfWriter(
+            out_dir, entries, like, max_file_bytes, resume=source, config=config if fp8 else None
+        )
         done = total - sum(sizes[name] for name in writer.names)
         try:
             for name in writer.names:

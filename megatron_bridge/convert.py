@@ -77,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
         size.default, size.help = size_bytes("5GB"), "of a file: 5GB (the default), 500MB, ..."
     like = back.add_argument("--like", type=Path, required=True, metavar="HF_DIR")
     like.help = "whose config.json, tokenizer and generation files are copied"
+    fp8 = back.add_argument("--fp8", action="store_true")
+    fp8.help = "linear weights in float8_e4m3fn with a scale for every 128 x 128 block"
     for name, (default, what) in SIZES.items():
         check.add_argument(f"--{name}", type=int, default=default, metavar="N", help=what)
     check.add_argument("--spec", choices=("torch", "te"), help="layer spec (default: both)")
@@ -119,6 +121,7 @@ def to_hf(arguments: argparse.Namespace) -> int:
             arguments.like,
             arguments.max_shard_size,
             bar.show,
+            fp8=arguments.fp8,
         )
     kept = f", {done.kept_files} files kept of a conversion that was cut off"
     what = f"{done.num_tensors} tensors{kept if done.kept_files else ''}"

@@ -24,6 +24,8 @@ Entry = tuple[str, torch.dtype, Index]
 """Name, type and shape of a tensor to come."""
 File = tuple[str, list[Entry]]
 """A file's name and its tensors in order."""
+WRITTEN_DTYPES = DTYPE_NAMES | {torch.float8_e4m3fn: "F8_E4M3"}
+"""Types that are written, by safetensors' names; fp8 is not read."""
 _SOURCE = ".source"
 """In an unfinished directory: what its complete files were written from."""
 _UNFINISHED = ".writing"
@@ -199,7 +201,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
     for entry in entries:
         end = offset + _size_bytes(entry)
         content[entry[0]] = {
-            "dtype": DTYPE_NAMES[entry[1]],
+            "dtype": WRITTEN_DTYPES[entry[1]],
             "shape": list(entry[2]),
             "data_offsets": [offset, end],
         }
