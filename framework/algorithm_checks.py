@@ -19,13 +19,20 @@ ROWS = {
     "loss": ("losses", "LOSSES", "loss"),
     "correction": ("corrections", "CORRECTIONS", "weights"),
 }
+ADVANTAGES_WITHOUT_GREEDY = (
+    *("group_normalized", "group_centered", "group_mean_batch_std", "leave_one_out"),
+    *("batch_normalized", "plain_reward", "component_normalized"),
+)
 LOSS_TABLES = {
     # stage: where its losses are
     "rl": ROWS["loss"],
     "preference": ("preference", "PREFERENCE_LOSSES", "loss"),
     "reward_model": ("reward", "REWARD_LOSSES", "loss"),
 }
-GROUP_BASELINES = ("group_normalized", "group_centered", "group_mean_batch_std", "leave_one_out")
+GROUP_BASELINES = (
+    *("group_normalized", "group_centered", "group_mean_batch_std", "leave_one_out"),
+    "component_normalized",
+)
 
 
 def algorithm_errors(config: RunConfig) -> Iterator[str]:
@@ -51,10 +58,37 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt}: "
             f"algorithm.advantage={algorithm.advantage} compares samples of a prompt; at least 2"
         )
+    yield from _needs(config)
     if algorithm.loss == "negative_log_likelihood":
         yield (
             "algorithm.loss=negative_log_likelihood: ignores every reward; it is for stage=sft, "
             "which sets it itself"
+        )
+
+
+def _needs(config: RunConfig) -> Iterator[str]:
+    """What a row asks of the rollout, or of the policy that ratios are taken against."""
+    algorithm, greedy = config.algorithm, config.rollout.greedy_baseline
+    if algorithm.advantage == "greedy_baseline" and not greedy:
+        yield (
+            "rollout.greedy_baseline=False: algorithm.advantage=greedy_baseline compares with the "
+            "greedy answer; set true"
+        )
+    if greedy and algorithm.advantage in ADVANTAGES_WITHOUT_GREEDY:
+        yield (
+            f"rollout.greedy_baseline=True: algorithm.advantage={algorithm.advantage} makes no use "
+            "of the greedy answers; set false, or algorithm=remax"
+        )
+    if algorithm.old_logprobs != "trainer" and algorithm.recompute_old_logprobs:
+        yield (
+            f"algorithm.old_logprobs={algorithm.old_logprobs}: takes nothing from the pass of "
+            "algorithm.recompute_old_logprobs=True; set that to false"
+        )
+    own = ("none", "off_policy_sequence", "fresh")
+    if algorithm.old_logprobs == "engine" and algorithm.correction not in own:
+        yield (
+            f"algorithm.correction={algorithm.correction}: with algorithm.old_logprobs=engine its "
+            "weights are all 1; the ratio of the loss holds the whole difference"
         )
 
 
@@ -134,6 +168,8 @@ def _arguments(key: str, values: Mapping[str, Any], knobs: Mapping[str, str]) ->
 
 
 def _problem(name: str, type_text: str, value: Any) -> str | None:
+    if type_text.startswith("dict"):
+        return None if isinstance(value, Mapping) else "a mapping of names to numbers is wanted"
     if type_text == "bool":
         return None if isinstance(value, bool) else "bool wanted"
     if type_text in ("int", "float"):
@@ -144,8 +180,10 @@ def _problem(name: str, type_text: str, value: Any) -> str | None:
             return "a finite number that is not negative is wanted"
         if name == "std_eps" and value == 0:
             return "must be greater than 0: a group of equal rewards has no spread to divide by"
-        if name == "beta" and value == 0:
+        if name in ("beta", "share") and value == 0:
             return "must be greater than 0"
+        if name == "share" and value > 1:
+            return "a share is at most 1"
         if name == "label_smoothing" and value >= 0.5:
             return "must be below 0.5: a label that is as likely wrong as right says nothing"
         if name == "clip_low" and value > 1:

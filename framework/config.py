@@ -143,6 +143,9 @@ class AlgorithmConfig:
     """token_mean | sequence_mean | sequence_sum | sequence_sum_over_length: of the global batch."""
     updates_per_step: int = 1
     """Optimizer steps on one batch of rollouts."""
+    old_logprobs: str = "trainer"
+    """trainer | engine | log_linear: against which policy ratios are taken; the latter two save the
+    trainer's own pass, see framework.algorithm.proximal."""
     recompute_old_logprobs: bool = False
     """Run the extra forward pass even where old_logprobs equal the policy's own (one update)."""
 

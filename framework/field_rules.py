@@ -120,6 +120,7 @@ SHARES = (
 )
 FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "warm_start.beta2")
 TABLES = {
+    "algorithm.old_logprobs": ("framework", "algorithm/proximal.py", "PROXIMALS"),
     "algorithm.kl_estimator": ("framework", "algorithm/kl.py", "KL_ESTIMATORS"),
     "cluster.gpu": ("framework", "gpus.py", "GPUS"),
     "weight_sync.transport": ("framework", "weight_sync/__init__.py", "TRANSPORTS"),

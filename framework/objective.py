@@ -1,7 +1,8 @@
 """What a batch is trained by: the configured advantage, loss, correction and aggregation as one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,9 +17,11 @@ from framework.algorithm.inputs import (
 )
 from framework.algorithm.kl import KL_ESTIMATORS
 from framework.algorithm.losses import LOSSES
+from framework.algorithm.proximal import PROXIMALS
+from framework.algorithm.rows import Selection
 from framework.algorithm_rows import find_row
 from framework.config import RunConfig
-from rollout.types import StepBatch
+from rollout.types import SampleInfo, StepBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,10 @@ class Objective:
     entropy_coef: float
     aggregation: str
     max_length: int
+    proximal: Callable[[LossInputs], torch.Tensor] | None = None
+    """What stands in for the trainer's own old_logprobs; None: they do."""
+    selection: Selection | None = None
+    """Tokens of the whole update that the loss treats apart."""
 
     def advantages(self, batch: StepBatch) -> list[torch.Tensor]:
         """[R] for every sample of the batch, from metadata alone."""
@@ -46,14 +53,7 @@ class Objective:
         found = [torch.zeros(1).expand(info.response_length) for info in infos]
         if not counted:
             return found
-        values = self.advantage(
-            AdvantageInputs(
-                rewards=torch.tensor([infos[i].reward for i in counted]),
-                group_ids=torch.tensor([infos[i].group_id for i in counted]),
-                response_lengths=[infos[i].response_length for i in counted],
-                num_loss_tokens=[infos[i].num_loss_tokens for i in counted],
-            )
-        )
+        values = self.advantage(advantage_inputs([infos[i] for i in counted]))
         for i, advantage in zip(counted, values, strict=True):
             found[i] = advantage
         return found
@@ -79,11 +79,13 @@ class Objective:
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """The loss of each token, corrected, with KL and entropy terms; [T] unreduced."""
+        log_ratio = (inputs.old_logprobs - inputs.rollout_logprobs).detach()
+        if self.proximal is not None:
+            inputs = replace(inputs, old_logprobs=self.proximal(inputs))
         output = self.loss(inputs)
         value, metrics = output.loss, dict(output.metrics)
         if self.correction is not None:
             corrected = self.correction(inputs)
-            log_ratio = (inputs.old_logprobs - inputs.rollout_logprobs).detach()
             # KL(engine || trainer) on the engine's samples, by the k3 estimator.
             metrics |= {"rollout_kl": log_ratio.exp() - 1 - log_ratio, **corrected.metrics}
             value = value * corrected.weights
@@ -94,6 +96,23 @@ class Objective:
         if self.entropy_coef:
             value = value - self.entropy_coef * inputs.entropy
         return LossOutput(loss=value, metrics=metrics)
+
+
+def advantage_inputs(infos: Sequence[SampleInfo]) -> AdvantageInputs:
+    """What estimators see of samples, each with at least one policy token."""
+    names = sorted({name for info in infos for name in info.rewards})
+    baselines = [info.baseline_reward for info in infos]
+    return AdvantageInputs(
+        rewards=torch.tensor([info.reward for info in infos]),
+        group_ids=torch.tensor([info.group_id for info in infos]),
+        response_lengths=[info.response_length for info in infos],
+        num_loss_tokens=[info.num_loss_tokens for info in infos],
+        components={
+            name: torch.tensor([info.rewards.get(name, math.nan) for info in infos])
+            for name in names
+        },
+        baselines=None if None in baselines else torch.tensor(baselines),
+    )
 
 
 def build_objective(config: RunConfig) -> Objective:
@@ -123,6 +142,10 @@ def build_objective(config: RunConfig) -> Objective:
         entropy_coef=algorithm.entropy_coef,
         aggregation=algorithm.aggregation,
         max_length=max_length,
+        proximal=(
+            None if algorithm.old_logprobs == "trainer" else PROXIMALS[algorithm.old_logprobs]
+        ),
+        selection=loss.bind_selection(algorithm.loss_args),
     )
 
 

@@ -16,6 +16,7 @@ from framework.megatron.microbatch import Microbatch, pack_microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
 from framework.megatron.reference import Reference
+from framework.megatron.selection import select_tokens
 from framework.megatron.step import StepRunner, largest
 from framework.metrics import MetricsLogger
 from framework.objective import build_objective, effective_sample_fraction
@@ -145,13 +146,17 @@ class Trainer:
         gate = begins and self.config.gate.enabled and batch.staleness_max == 0
         if begins and not gate and self.mesh.rank == 0:
             print("gate: not checked: switched off, or a batch of older versions", flush=True)
-        several = len(updates) > 1 or self.config.algorithm.recompute_old_logprobs
-        if gate or several:
+        algorithm, selection = self.config.algorithm, self.objective.selection
+        several = len(updates) > 1 and algorithm.old_logprobs == "trainer"
+        if gate or several or algorithm.recompute_old_logprobs or selection is not None:
             with self.phases.measure("old_logprobs"):
                 for microbatches in updates:
                     self.runner.logprobs(microbatches)
         if gate:
             self.check_gate(updates)
+        if selection is not None:
+            for microbatches in updates:
+                select_tokens(microbatches, selection, self.mesh, batch.step)
         if self.reference is not None:
             with self.phases.measure("ref_logprobs"), self.reference.swapped_in():
                 for microbatches in updates:
@@ -229,7 +234,13 @@ class Trainer:
         parallel = self.config.parallel
         return [
             pack_microbatch(
-                indices, samples, by_index, weights, self.mesh, parallel.sequence_parallel
+                indices,
+                samples,
+                by_index,
+                weights,
+                self.mesh,
+                parallel.sequence_parallel,
+                batch.step,
             )
             for indices in mine
         ]

@@ -41,6 +41,8 @@ def sample_info(sample: Sample, group: Group) -> SampleInfo:
         num_loss_tokens=len(written),
         reward=sample.reward,
         version=int(written.min()) if len(written) else group.start_version,
+        rewards=sample.rewards,
+        baseline_reward=sample.baseline_reward,
     )
 
 
@@ -64,6 +66,9 @@ def _metrics(
         "rollout/generate_time_s": generate_time_s,
         "rollout/tokens_per_s": tokens / max(generate_time_s, 1e-9),
     }
+    baselines = [s.baseline_reward for s in samples if s.baseline_reward is not None]
+    if baselines:
+        metrics["rollout/greedy_reward_mean"] = np.mean(baselines)
     components = sorted({name for sample in samples for name in sample.rewards})
     for name in components:
         values = [sample.rewards[name] for sample in samples if name in sample.rewards]

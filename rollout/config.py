@@ -75,6 +75,9 @@ class RolloutConfig:
     package.module.function. A group that one of them drops is replaced by another prompt's."""
     max_refills: int = 20
     """The run ends when filters drop more than this times prompts_per_step groups for one step."""
+    greedy_baseline: bool = False
+    """ReMax: one more answer to every prompt, at temperature 0, which is not trained on; its reward
+    is the baseline of the others."""
     keep_share: float = 1.0
     """StarPO-S: of a step's groups only this share, those whose rewards spread most, is trained."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

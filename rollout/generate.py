@@ -249,16 +249,22 @@ class Generator:
 
     def _failed(self, episode: Episode, transcript: Transcript, reason: str) -> Sample:
         logger.warning("sample %d/%d failed: %s", episode.group_id, episode.index, reason)
-        sample = transcript.sample(
-            group_id=episode.group_id,
-            index=episode.index,
-            status=Status.FAILED,
-            metadata={"error": reason},
-        )
-        sample.loss_mask[:] = 0
-        sample.rollout_logprobs[:] = 0
-        sample.versions[:] = -1
-        return sample
+        sample = transcript.sample(group_id=episode.group_id, index=episode.index)
+        return failed_sample(sample, reason)
+
+
+def failed_sample(sample: Sample, reason: str) -> Sample:
+    """The sample as one that trains nothing and says why."""
+    return replace(
+        sample,
+        status=Status.FAILED,
+        metadata={"error": reason},
+        reward=0.0,
+        rewards={},
+        loss_mask=np.zeros_like(sample.loss_mask),
+        rollout_logprobs=np.zeros_like(sample.rollout_logprobs),
+        versions=np.full_like(sample.versions, -1),
+    )
 
 
 def _numbered(samples: list[Sample]) -> list[Sample]:

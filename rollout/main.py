@@ -116,6 +116,7 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
             * run.rollout.prompts_per_step
             * (1 + run.rollout.max_staleness_steps),  # groups run ahead by so many steps
             keep_share=run.rollout.keep_share,
+            greedy_baseline=run.rollout.greedy_baseline,
         )
         evaluator = Evaluator(
             data=run.data, seed=run.seed, generator=generator, results=run_dir.eval

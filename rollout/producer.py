@@ -14,6 +14,7 @@ from rollout.client import EngineFailure
 from rollout.data import PromptStream
 from rollout.filters import FilterFailure, GroupFilters, keep_widest
 from rollout.generate import Episode, Generator
+from rollout.greedy import run_with_baseline
 from rollout.journal import drop_steps, read_step, step_path, write_step
 from rollout.seeds import derive_seed
 from rollout.state import STATE_FORMAT, ProducerState, newest_state, state_after, write_start
@@ -45,6 +46,7 @@ class Producer:
         filters: GroupFilters | None = None,
         max_dropped_per_step: int = 0,
         keep_share: float = 1.0,
+        greedy_baseline: bool = False,
     ) -> None:
         """max_dropped_per_step: groups that filters may drop for one step before the run ends."""
         self.buffer = buffer
@@ -64,6 +66,7 @@ class Producer:
         self._filters = filters or GroupFilters([])
         self._max_dropped_per_step = max_dropped_per_step
         self._keep_share = keep_share
+        self._greedy_baseline = greedy_baseline
         self._changed = asyncio.Condition()
         self._delivery = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
@@ -270,7 +273,8 @@ class Producer:
             )
 
     async def _generate(self, lease: Lease) -> list[Sample]:
-        environments = self._prompts.environments(lease.group_id, self._samples_per_prompt)
+        count = self._samples_per_prompt
+        environments = self._prompts.environments(lease.group_id, count + self._greedy_baseline)
         episodes = [
             Episode(
                 environment=environment,
@@ -280,6 +284,8 @@ class Producer:
             )
             for index, environment in enumerate(environments)
         ]
+        if self._greedy_baseline:
+            return await run_with_baseline(self._generator, episodes, lease.start_version)
         return await self._generator.run(episodes, lease.start_version)
 
     def _fail(self, reason: str) -> None:

@@ -43,6 +43,8 @@ class Sample:
     reward: float
     rewards: dict[str, float] = field(default_factory=dict)
     """Components by name."""
+    baseline_reward: float | None = None
+    """Of the greedy answer to the same prompt (rollout.greedy_baseline)."""
     status: Status = Status.STOPPED
     metadata: dict[str, str] = field(default_factory=dict)
     """For people: the task's own description, the answer wanted."""
@@ -104,6 +106,10 @@ class SampleInfo:
     reward: float
     version: int
     """Oldest version among its tokens."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Components by name."""
+    baseline_reward: float | None = None
+    """Of the greedy answer to the same prompt."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """What advantages, losses and corrections are given and return: plain tensors, torch alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,6 +18,10 @@ class AdvantageInputs:
     """[N]; the length of each advantage returned."""
     num_loss_tokens: list[int]
     """[N]; how many of them the policy wrote, at least 1."""
+    components: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """[N] float each: parts of the rewards by name; NaN where a sample's reward did not tell it."""
+    baselines: torch.Tensor | None = None
+    """[N] float: reward of the greedy answer to the same prompt (rollout.greedy_baseline)."""
 
 
 def _alone(values: torch.Tensor) -> torch.Tensor:
@@ -85,6 +89,31 @@ class LossInputs:
     sequences: Sequences
     ref_logprobs: torch.Tensor | None = None
     """The reference policy's, where algorithm.kl_coef asks for one."""
+    staleness: torch.Tensor | None = None
+    """[T] float32: how many versions the policy was ahead of the token's at the step's beginning; 0
+    where loss_mask is 0."""
+    selected: torch.Tensor | None = None
+    """[T] float32: 1 at the tokens that the loss's own `scores` chose among the whole update's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionInputs:
+    """Tokens among which a loss selects some, before the update; [T] float32 each, of this rank.
+
+    The means are over the policy's tokens of the whole update, on whatever rank they are.
+    """
+
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    uniform: torch.Tensor
+    """In [0, 1): a random number that belongs to the token, whichever rank holds it."""
+    old_logprob_mean: float
+    advantage_mean: float
+
+    def covariance(self) -> torch.Tensor:
+        """[T]: (log pi - mean log pi) (A - mean A), a token's part of their covariance."""
+        centered = self.old_logprobs.double() - self.old_logprob_mean
+        return (centered * (self.advantages.double() - self.advantage_mean)).float()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,16 @@ from framework.megatron.parallel import Mesh
 from rollout.types import Sample
 
 COLUMNS = ("tokens", "labels")
-"""Whole numbers; the other columns are float32."""
+"""Whole numbers."""
+REAL_COLUMNS = (
+    "loss_mask",
+    "weights",
+    "advantages",
+    "rollout_logprobs",
+    "staleness",
+    "is_last",
+)
+"""float32."""
 
 
 @dataclass(kw_only=True)
@@ -43,6 +52,8 @@ class Microbatch:
     """[T] float32."""
     rollout_logprobs: torch.Tensor
     """[T] float32."""
+    staleness: torch.Tensor
+    """[T] float32: versions between the token's policy and the step's."""
     is_last: torch.Tensor
     """[T] float32: 1 at the last token of a sequence."""
     packed_seq_params: PackedSeqParams
@@ -50,6 +61,8 @@ class Microbatch:
     """[T] float32, on ranks of the last stage once computed."""
     ref_logprobs: torch.Tensor | None = None
     """The same of the reference policy."""
+    selected: torch.Tensor | None = None
+    """[T] float32: 1 at the tokens that the loss chose, see selection.py."""
 
 
 def pack_microbatch(
@@ -59,27 +72,26 @@ def pack_microbatch(
     token_weight: Mapping[int, float],
     mesh: Mesh,
     sequence_parallel: bool,
+    step: int = 0,
 ) -> Microbatch:
     """Pack samples (by index into the step's batch) for one rank.
 
     Args:
         advantages: for each index [R] float32.
         token_weight: for each index the weight of one of its policy tokens in the global loss.
+        step: the version that the policy has before it, for the tokens' staleness.
 
     An empty `indices` gives a micro-batch of padding, so that all ranks run equally many.
     """
     cp = mesh.layout.cp
     multiple = 2 * cp if cp > 1 else 1
-    columns: dict[str, list[torch.Tensor]] = {
-        name: []
-        for name in (*COLUMNS, "loss_mask", "weights", "advantages", "rollout_logprobs", "is_last")
-    }
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*COLUMNS, *REAL_COLUMNS)}
     cu_seqlens = [0]
     for i in indices:
         sample = samples[i]
         length = len(sample.tokens)
         padded = -(-length // multiple) * multiple
-        row = _sequence(sample, advantages[i], token_weight[i])
+        row = _sequence(sample, advantages[i], token_weight[i], step)
         for name, values in row.items():
             columns[name].append(torch.nn.functional.pad(values, (0, padded - length)))
         cu_seqlens.append(cu_seqlens[-1] + padded)
@@ -116,7 +128,7 @@ def pack_microbatch(
 
 
 def _sequence(
-    sample: Sample, advantages: torch.Tensor, token_weight: float
+    sample: Sample, advantages: torch.Tensor, token_weight: float, step: int
 ) -> dict[str, torch.Tensor]:
     """One sample's columns, [P + R] each."""
     tokens = torch.from_numpy(sample.tokens.astype("int64"))
@@ -139,5 +151,6 @@ def _sequence(
         "weights": predicted(mask * token_weight),
         "advantages": predicted(advantages * mask),
         "is_last": is_last,
+        "staleness": predicted((step - torch.from_numpy(sample.versions.copy())) * mask),
         "rollout_logprobs": predicted(torch.from_numpy(sample.rollout_logprobs.copy()) * mask),
     }

@@ -136,6 +136,8 @@ class StepRunner:
                     loss_mask=batch.loss_mask,
                     entropy=entropy,
                     sequences=self.sequences(batch),
+                    staleness=batch.staleness,
+                    selected=batch.selected,
                 )
             )
             total = (result.loss * batch.weights).sum()

@@ -5,7 +5,7 @@ import inspect
 from rollout.own_code import look_up
 from rollout.rewards.base import Reward, RewardFunction, Task
 from rollout.rewards.overlong import punish_overlong
-from rollout.rewards.rules import environment, exact_match, math_answer
+from rollout.rewards.rules import environment, exact_match, match_and_length, math_answer
 
 __all__ = [
     "NEED_ANSWER",
@@ -20,9 +20,10 @@ __all__ = [
 REWARDS: dict[str, RewardFunction] = {
     "environment": environment,
     "exact_match": exact_match,
+    "match_and_length": match_and_length,
     "math": math_answer,
 }
-NEED_ANSWER = ("exact_match", "math")
+NEED_ANSWER = ("exact_match", "match_and_length", "math")
 """Those that compare with the answer of the environment's `describe()`."""
 
 

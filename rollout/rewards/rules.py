@@ -19,6 +19,16 @@ async def exact_match(sample: Sample, task: Task) -> Reward:
     return Reward(value=value, components={"exact_match": value})
 
 
+async def match_and_length(sample: Sample, task: Task) -> Reward:
+    """Half for the answer itself, half for as many characters as it has: two components, of which
+    one is easily learnt."""
+    found = (await exact_match(sample, task)).value
+    same = bool(task.replies) and len(task.replies[-1].strip()) == len(task.answer().strip())
+    length = float(same and sample.status is Status.STOPPED)
+    components = {"exact_match": found, "length": length}
+    return Reward(value=(found + length) / 2, components=components)
+
+
 async def math_answer(sample: Sample, task: Task) -> Reward:
     """1 when the last reply's mathematical answer equals the one wanted (math-verify)."""
     from math_verify import parse, verify

@@ -158,7 +158,8 @@ def _sample(random: np.random.Generator, group_id: int, index: int, prompt: np.n
         prompt_length=len(prompt),
         loss_mask=mask.astype(np.uint8),
         rollout_logprobs=(-random.exponential(3, length) * mask).astype(np.float32),
-        versions=np.where(mask, group_id // GROUPS, -1).astype(np.int32),
+        # Of several ages, each constant in its answer.
+        versions=np.where(mask, max(0, group_id // GROUPS - index), -1).astype(np.int32),
         turn_starts=np.zeros(1, dtype=np.int32),
         reward=float(length / 20 + random.random()),
     )

@@ -82,6 +82,19 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "aggregation": "sequence_sum_over_length",
     },
     "geometric": {"correction": "geometric", "correction_args": {"low": 0.15, "high": 2.0}},
+    # Shares that a batch of a hundred tokens shows.
+    "clip_cov": {
+        "loss": "clip_cov",
+        "loss_args": {"share": 0.2, "covariance_low": -1.0, "covariance_high": 9.0},
+    },
+    "kl_cov": {"loss": "kl_cov", "loss_args": {"share": 0.2}},
+    "opsm": {"correction": "off_policy_sequence", "correction_args": {"max_divergence": 0.5}},
+    "log_linear": {
+        **{"old_logprobs": "log_linear", "correction": "token"},
+        "advantage": "plain_reward",
+    },
+    "fresh": {"correction": "fresh", "correction_args": {"max_versions": 1}},
+    "reinforce": {"loss": "policy_gradient", "advantage": "plain_reward"},
     "sapo": {"loss": "sapo", "advantage": "group_centered", "aggregation": "sequence_sum"},
     "cispo": {"loss": "cispo", "advantage": "group_centered", "entropy_coef": 0.01},
     "kl": {"loss": "policy_gradient", "kl_coef": 0.1, "kl_estimator": "unbiased"},
@@ -208,10 +221,11 @@ CASES = [
     _case("deepseek", cp=2),
     _case("deepseek", SP, OPT, tp=2, pp=2, dp=2, ep=4),
     _case("qwen3", cp=2, objective="gspo", ci=True),
+    _case("qwen3", cp=2, objective="clip_cov", ci=True),
     _case("qwen3", OPT, OVERLAP, dp=2, objective="kl"),
     _case("qwen3", OPT, OVERLAP, dp=2, objective="kl_refresh"),
     *(
-        _case("qwen3", *flags, objective=objective, **sizes)
+        _case("qwen3", *flags, ci=False, objective=objective, **sizes)
         for objective in OBJECTIVES
         if objective != "grpo"
         for flags, sizes in (((SP,), {"tp": 2, "cp": 2}), ((OPT,), {"pp": 2, "dp": 2}))

@@ -3,9 +3,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from rollout.client import EngineFailure
+from rollout.client import EngineFailure, Generation
 from rollout.config import SamplingConfig
 from rollout.generate import Episode, Generator
+from rollout.greedy import run_with_baseline
 from rollout.rewards import REWARDS, Reward, Task
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
@@ -144,7 +145,8 @@ class NumberEnvironment(EchoEnvironment):
 
 
 async def numpy_reward(sample: Sample, task: Task) -> Reward:
-    return Reward(value=np.float32(1), components={"length": np.float64(2), "n": np.int64(3)})
+    components: dict = {"length": np.float64(2), "n": np.int64(3)}
+    return Reward(value=np.float32(1), components=components)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_foreign_code_gives_can_be_journaled_and_sent(chat):
@@ -157,3 +159,46 @@ def test_what_foreign_code_gives_can_be_journaled_and_sent(chat):
 def test_tokens_of_weights_older_than_published_stop_the_run(chat):
     with pytest.raises(EngineFailure, match=r"version 1 where the run is at 2"):
         run(chat, [EchoEnvironment(seed=0)], version=2, engine_version=1)
+
+
+class RecordingClient(ScriptedClient):
+    """Right answers to samples, a wrong one where the temperature is 0."""
+
+    async def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int]
+    ) -> list[Generation]:
+        self.calls.append(seeds)
+        answer = (lambda text: "no") if sampling.temperature == 0 else last_question
+        return await ScriptedClient(self.chat, answer).generate(prompts, sampling, seeds)
+
+
+@pytest.mark.parametrize("trouble", ["", "raises"])
+def test_the_greedy_answer_is_the_others_baseline_and_not_trained_on(chat, trouble):
+    client = RecordingClient(chat, last_question)
+    generator = Generator(
+        client=client,  # pyright: ignore[reportArgumentType]
+        chat=chat,
+        sampling=SamplingConfig(max_new_tokens=16),
+        reward=REWARDS["environment"],
+        timeout_s=0.2,
+    )
+    troubles = ["", "", trouble]  # the last one's is the greedy answer's environment
+    episodes = [
+        Episode(
+            environment=EchoEnvironment(seed=0, num_turns=1, trouble=each),
+            group_id=3,
+            index=k,
+            seed=100 + k,
+        )
+        for k, each in enumerate(troubles)
+    ]
+    samples = asyncio.run(run_with_baseline(generator, episodes, 0))
+    assert sorted(client.calls) == [[100, 101], [102]]
+    assert [sample.index for sample in samples] == [0, 1]
+    if not trouble:
+        assert [(sample.reward, sample.baseline_reward) for sample in samples] == [(1.0, 0.0)] * 2
+        return
+    for sample in samples:  # nothing to compare with: they train nothing, and say why
+        assert sample.status is Status.FAILED
+        assert "the greedy answer: step: KeyError" in sample.metadata["error"]
+        assert not sample.loss_mask.any()

@@ -8,10 +8,13 @@ knobs and its `advantages`. Adding one is one file and one row here.
 
 from framework.algorithm.advantages import (
     batch_normalized,
+    component_normalized,
+    greedy_baseline,
     group_centered,
     group_mean_batch_std,
     group_normalized,
     leave_one_out,
+    plain_reward,
 )
 from framework.algorithm.rows import Row
 
@@ -21,4 +24,7 @@ ADVANTAGES: dict[str, Row] = {
     "group_mean_batch_std": Row(group_mean_batch_std.advantages, group_mean_batch_std.Config),
     "leave_one_out": Row(leave_one_out.advantages, leave_one_out.Config),
     "batch_normalized": Row(batch_normalized.advantages, batch_normalized.Config),
+    "plain_reward": Row(plain_reward.advantages, plain_reward.Config),
+    "greedy_baseline": Row(greedy_baseline.advantages, greedy_baseline.Config),
+    "component_normalized": Row(component_normalized.advantages, component_normalized.Config),
 }

@@ -7,7 +7,14 @@ w = pi_old / pi_rollout, trainer over engine, detached: numerics, quantisation a
 arXiv 2505.24298). Adding one is one file and one row here.
 """
 
-from framework.algorithm.corrections import geometric, none, sequence, token
+from framework.algorithm.corrections import (
+    fresh,
+    geometric,
+    none,
+    off_policy_sequence,
+    sequence,
+    token,
+)
 from framework.algorithm.rows import Row
 
 CORRECTIONS: dict[str, Row] = {
@@ -15,4 +22,6 @@ CORRECTIONS: dict[str, Row] = {
     "token": Row(token.weights, token.Config),
     "sequence": Row(sequence.weights, sequence.Config),
     "geometric": Row(geometric.weights, geometric.Config),
+    "off_policy_sequence": Row(off_policy_sequence.weights, off_policy_sequence.Config),
+    "fresh": Row(fresh.weights, fresh.Config),
 }

@@ -3,13 +3,17 @@
     loss(inputs: LossInputs, config: Config) -> LossOutput
 
 r is the policy ratio exp(policy_logprobs - old_logprobs), A the advantage. The reduction is not
-theirs, see `framework.algorithm.aggregation`. Adding one is one file and one row here.
+theirs, see `framework.algorithm.aggregation`. A loss that treats some tokens of the whole update
+apart has `scores(inputs: SelectionInputs, config: Config)` too. Adding one is one file and one row
+here.
 """
 
 from framework.algorithm.losses import (
     cispo,
+    clip_cov,
     gmpo,
     gspo,
+    kl_cov,
     negative_log_likelihood,
     policy_gradient,
     ppo_clip,
@@ -24,5 +28,7 @@ LOSSES: dict[str, Row] = {
     "cispo": Row(cispo.loss, cispo.Config),
     "sapo": Row(sapo.loss, sapo.Config),
     "gmpo": Row(gmpo.loss, gmpo.Config),
+    "clip_cov": Row(clip_cov.loss, clip_cov.Config, clip_cov.scores),
+    "kl_cov": Row(kl_cov.loss, kl_cov.Config, kl_cov.scores),
     "negative_log_likelihood": Row(negative_log_likelihood.loss, negative_log_likelihood.Config),
 }

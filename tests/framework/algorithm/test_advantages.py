@@ -11,8 +11,11 @@ from framework.algorithm.advantages import ADVANTAGES
 from framework.algorithm.inputs import AdvantageInputs
 
 
-def estimate(name, rewards, groups, tokens=None, **knobs):
+def estimate(name, rewards, groups, tokens=None, *, baselines=None, components=None, **knobs):
     """The one value of each sample; checks that it covers its whole response."""
+    components = {"a": rewards} if components is None else components
+    # Without others the first reward of all is the greedy answer's: it shifts and scales with them.
+    baselines = [rewards[0]] * len(rewards) if baselines is None else baselines
     tokens = tokens or [1] * len(rewards)
     lengths = [count + 1 for count in tokens]  # a token that the policy did not write in each
     inputs = AdvantageInputs(
@@ -20,6 +23,8 @@ def estimate(name, rewards, groups, tokens=None, **knobs):
         group_ids=torch.tensor(groups),
         response_lengths=lengths,
         num_loss_tokens=tokens,
+        components={name: torch.tensor(values) for name, values in components.items()},
+        baselines=torch.tensor(baselines),
     )
     found = ADVANTAGES[name].bind(knobs)(inputs)
     assert [len(values) for values in found] == lengths
@@ -73,7 +78,63 @@ def test_group_mean_batch_std_by_hand():
     assert found == pytest.approx([value / math.sqrt(0.3) for value in CENTERED])
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+def test_plain_reward_by_hand():
+    assert estimate("plain_reward", [1, 0.5, 0], [0, 0, 1]) == [1, 0.5, 0]
+    assert estimate("plain_reward", [1, 0.5, 0], [0, 0, 1], baseline=0.5) == [0.5, 0, -0.5]
+
+
+def test_greedy_baseline_by_hand():
+    baselines = [0.5, 0.5, 1.0]
+    found = estimate("greedy_baseline", [1, 0, 1], [0, 0, 1], baselines=baselines)
+    assert found == [0.5, -0.5, 0.0]
+    # normalised over 1 + 1 + 2 tokens: mean 0, biased variance (.25 + .25) / 4
+    normal = estimate(
+        "greedy_baseline", [1, 0, 1], [0, 0, 1], [1, 1, 2], baselines=baselines, normalize=True
+    )
+    assert normal == pytest.approx([0.5 / math.sqrt(0.125), -0.5 / math.sqrt(0.125), 0], abs=1e-6)
+
+
+def test_component_normalized_by_hand():
+    # Groups of two, so that a component that differs is +-1/sqrt(2) whatever its scale. Sample 0 is
+    # best in both, samples 2 and 3 are torn; b weighs half.
+    half = math.sqrt(0.5)
+    components = {"a": [9.0, 1.0, 1.0, 0.0], "b": [0.2, 0.1, 0.0, 1.0]}
+    sums = [1.5 * half, -1.5 * half, 0.5 * half, -0.5 * half]
+    spread = math.sqrt((2 * 1.5**2 + 2 * 0.5**2) / 2 / 4)
+    found = estimate(
+        "component_normalized",
+        [0.0] * 4,
+        [0, 0, 1, 1],
+        components=components,
+        weights={"a": 1.0, "b": 0.5},
+        std_eps=1e-9,
+    )
+    assert found == pytest.approx([value / spread for value in sums])
+    # A component that is alike in a group leaves the other one's difference whole.
+    alike = {"a": [1.0, 0.0, 1.0, 0.0], "b": [5.0, 5.0, 5.0, 5.0]}
+    found = estimate("component_normalized", [0.0] * 4, [0, 0, 1, 1], components=alike)
+    assert found == pytest.approx([1, -1, 1, -1], abs=1e-4)
+
+
+def test_what_an_estimator_needs_is_asked_for_by_name():
+    with pytest.raises(ValueError, match=r"the component b; data.reward gave a"):
+        estimate("component_normalized", [1, 0], [0, 0], weights={"b": 1.0})
+    with pytest.raises(ValueError, match=r"data.reward has no components"):
+        estimate("component_normalized", [1, 0], [0, 0], components={})
+    inputs = AdvantageInputs(
+        rewards=torch.ones(1),
+        group_ids=torch.zeros(1, dtype=torch.int64),
+        response_lengths=[1],
+        num_loss_tokens=[1],
+    )
+    with pytest.raises(ValueError, match=r"needs rollout.greedy_baseline=true"):
+        ADVANTAGES["greedy_baseline"].bind({})(inputs)
+
+
+COMPARING = [name for name in ADVANTAGES if name != "plain_reward"]
+
+
+@pytest.mark.parametrize("name", COMPARING)
 def test_equal_rewards_give_zero_not_nan(name):
     assert estimate(name, [0.3] * 4, [0, 0, 0, 1]) == pytest.approx([0] * 4, abs=1e-6)
 
@@ -83,7 +144,10 @@ def test_a_group_of_one_has_no_baseline_and_gets_zero(name):
     assert estimate(name, [5.0, 1.0, 0.0], [0, 1, 1])[0] == 0
 
 
-SCALE_FREE = ("group_normalized", "batch_normalized", "group_mean_batch_std")
+SCALE_FREE = (
+    *("group_normalized", "batch_normalized", "group_mean_batch_std"),
+    "component_normalized",
+)
 BATCHES = st.lists(
     st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.25, 1.0]), st.integers(1, 5)),
     min_size=2,
@@ -91,18 +155,24 @@ BATCHES = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", COMPARING)
 @settings(max_examples=30, deadline=None)
 @given(data=BATCHES, order=st.randoms(use_true_random=False))
 def test_order_shift_and_scale(name, data, order):
     """Samples may come in any order; a constant added to all rewards changes nothing; a factor
     changes nothing where a spread is divided by, and is passed on where none is."""
     groups, rewards, tokens = (list(column) for column in zip(*data, strict=True))
-    found = estimate(name, rewards, groups, tokens)
+    found = estimate(name, rewards, groups, tokens, baselines=[0.5] * len(data))
     places = list(range(len(data)))
     order.shuffle(places)
     changed = [4 * rewards[i] + 2 for i in places]
-    again = estimate(name, changed, [groups[i] for i in places], [tokens[i] for i in places])
+    again = estimate(
+        name,
+        changed,
+        [groups[i] for i in places],
+        [tokens[i] for i in places],
+        baselines=[4 * 0.5 + 2] * len(data),
+    )
     factor = 1 if name in SCALE_FREE else 4
     for value, i in zip(again, places, strict=True):
         assert value == pytest.approx(factor * found[i], abs=2e-5)

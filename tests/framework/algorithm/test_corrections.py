@@ -53,6 +53,25 @@ def test_geometric_gates_on_the_mean_and_weighs_by_token():
     close(output.weights, [2, 0.5, 0])
 
 
+def test_off_policy_sequence_drops_bad_answers_that_have_become_unlikely():
+    # Trainer now / engine: sequence 0 log-mean (.5, 1) -> divergence .35; sequence 1: 1 -> 0.
+    policy = log(0.5, 1, 1)
+    for advantage, expected in ((-1.0, [0, 0, 1]), (1.0, [1, 1, 1])):
+        inputs = loss_inputs(policy, [9.0] * 3, [advantage] * 3, [0, 0, 1], rollout=[0.0, 0.0, 0.0])
+        output = CORRECTIONS["off_policy_sequence"].bind({"max_divergence": 0.3})(inputs)
+        close(output.weights, expected)
+        close(output.metrics["correction_masked_fraction"], [1 - kept for kept in expected])
+    wide = CORRECTIONS["off_policy_sequence"].bind({"max_divergence": 0.4})(inputs)
+    close(wide.weights, [1, 1, 1])
+
+
+def test_fresh_drops_tokens_by_their_own_age():
+    inputs = loss_inputs([0.0] * 3, [0.0] * 3, [1.0] * 3)
+    inputs = dataclasses.replace(inputs, staleness=torch.tensor([0.0, 1.0, 2.0]))
+    close(CORRECTIONS["fresh"].bind({})(inputs).weights, [1, 1, 0])
+    close(CORRECTIONS["fresh"].bind({"max_versions": 0})(inputs).weights, [1, 0, 0])
+
+
 def test_objective_weighs_the_loss_and_subtracts_entropy():
     config = RunConfig(
         algorithm=AlgorithmConfig(

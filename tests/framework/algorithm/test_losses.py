@@ -29,13 +29,17 @@ def loss_inputs(policy, old, advantages, ids=None, mask=None, rollout=None, dtyp
         loss_mask=mask,
         entropy=torch.zeros(count, dtype=dtype),
         sequences=Sequences(ids=torch.tensor(ids), count=max(ids) + 1, mask=mask),
+        staleness=torch.zeros(count, dtype=dtype),
+        selected=torch.zeros(count, dtype=dtype),
     )
 
 
 def evaluate(name, inputs, **knobs):
     output = LOSSES[name].bind(knobs)(inputs)
     output.loss.sum().backward()
-    return output, inputs.policy_logprobs.grad
+    gradient = inputs.policy_logprobs.grad
+    assert gradient is not None
+    return output, gradient
 
 
 def log(*values):
@@ -229,7 +233,9 @@ def test_value_and_gradient_are_the_papers(case, sequences):
     total = (LOSSES[case.split()[0]].bind(knobs)(inputs).loss * weights).sum()
     total.backward()
     assert total.item() == pytest.approx(objective(policy), abs=1e-9)
-    found = iter(inputs.policy_logprobs.grad.tolist())
+    gradient = inputs.policy_logprobs.grad
+    assert gradient is not None
+    found = iter(gradient.tolist())
     step = 1e-6
     for i, tokens in enumerate(policy):
         for t in range(len(tokens)):
