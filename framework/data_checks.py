@@ -9,6 +9,7 @@ from framework.preference_checks import COMPARING, preference_data_errors
 from rollout.agents import find_generate
 from rollout.agents.black_box import find_agent
 from rollout.config import AgentConfig
+from rollout.conversations import Conversations
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters
 from rollout.rewards import NEED_ANSWER, find_reward
@@ -18,6 +19,12 @@ def task_errors(config: RunConfig) -> Iterator[str]:
     """One line for each that is wrong. The first prompt is made: the environment itself knows its
     arguments best."""
     supervised = config.stage == "sft" or config.warm_start.num_steps > 0
+    if config.data.path and config.stage == "sft":
+        try:
+            Conversations(config.data)
+        except ValueError as error:
+            yield str(error)
+        return
     if config.data.path:
         yield from preference_data_errors(config)
         return

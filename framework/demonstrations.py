@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from framework.config import RunConfig
+from rollout.conversations import Conversations
 from rollout.data import demonstrations
 from rollout.preferences import FilePreferences, open_preferences
 from rollout.tokens import Chat
@@ -70,8 +71,16 @@ class DemonstrationSource:
 
 
 def demonstration_source(config: RunConfig, tokenizer: Any) -> DemonstrationSource:
-    """stage=sft: step s holds demonstrations s * B to (s + 1) * B - 1 of the task."""
+    """stage=sft: step s holds records s * B to (s + 1) * B - 1 of data.path, or of the task's
+    demonstrations."""
     count = config.warm_start.batch_size
+    if config.data.path:
+        chat, conversations = Chat(tokenizer), Conversations(config.data)
+        if config.batch.overlong == "refuse":
+            conversations.check_lengths(chat, *_budget(config))
+        return DemonstrationSource(
+            lambda step: conversations.batch(chat, config.seed, step * count, count)
+        )
 
     def make(step: int) -> list[Sample]:
         return demonstrations(config.data, tokenizer, config.seed, step * count, count)
@@ -82,10 +91,9 @@ def demonstration_source(config: RunConfig, tokenizer: Any) -> DemonstrationSour
 def preference_source(config: RunConfig, tokenizer: Any, *, paired: bool) -> DemonstrationSource:
     """stage=preference: pairs, or labelled answers, of a file or of the task."""
     preferences = open_preferences(config.data, Chat(tokenizer), config.seed, paired=paired)
-    count, cp = config.preference.batch_size, config.parallel.cp
+    count = config.preference.batch_size
     if isinstance(preferences, FilePreferences) and config.batch.overlong == "refuse":
-        budget = config.batch.max_tokens_per_microbatch
-        preferences.check_lengths(budget, 2 * cp if cp > 1 else 1)
+        preferences.check_lengths(*_budget(config))
 
     def make(step: int) -> list[Sample]:
         if step == HELD_OUT:
@@ -93,3 +101,9 @@ def preference_source(config: RunConfig, tokenizer: Any, *, paired: bool) -> Dem
         return preferences.batch(step * count, count)
 
     return DemonstrationSource(make)
+
+
+def _budget(config: RunConfig) -> tuple[int, int]:
+    """Tokens of a micro-batch, and what sequences are padded to a multiple of."""
+    cp = config.parallel.cp
+    return config.batch.max_tokens_per_microbatch, 2 * cp if cp > 1 else 1

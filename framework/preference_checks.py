@@ -45,9 +45,11 @@ def is_paired(config: RunConfig) -> bool:
 def preference_errors(config: RunConfig) -> Iterator[str]:
     """One line for everything that these stages cannot do."""
     if config.stage not in COMPARING:
-        for name in ("path", "eval_path"):
+        names = ("eval_path",) if config.stage == "sft" else ("path", "eval_path")
+        readers = {"path": ("sft", *COMPARING), "eval_path": COMPARING}
+        for name in names:
             if value := getattr(config.data, name):
-                yield f"data.{name}={value}: only stages {' and '.join(COMPARING)} read it"
+                yield f"data.{name}={value}: only stages {', '.join(readers[name])} read it"
         return
     algorithm, size = config.algorithm, config.preference.batch_size
     for name, neutral, why in OTHERS_TERMS:

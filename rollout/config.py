@@ -121,8 +121,8 @@ class DataConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of that environment's constructor."""
     path: str = ""
-    """Stages preference and reward_model: a JSONL file of pairs (or of labelled answers); empty:
-    pairs are made from the task."""
+    """Stage sft: a JSONL file of conversations; stages preference and reward_model: one of pairs
+    (or of labelled answers); empty: demonstrations and pairs are the task's."""
     eval_path: str = ""
     """A file like it to evaluate on; empty: an eighth of data.path, chosen by a hash of the prompt,
     is never trained on."""

@@ -61,8 +61,12 @@ BROKEN = [
     ({"data.path": "/no/such.jsonl"}, "data.path: /no/such.jsonl: No such file"),
     ({"data.eval_path": "/no/such.jsonl"}, "data.eval_path=/no/such.jsonl: needs data.path"),
     (
-        {"stage": "sft", "data.path": "/no/such"},
-        "data.path=/no/such: only stages preference and reward_model read it",
+        {"stage": "rl", "data.path": "/no/such"},
+        "data.path=/no/such: only stages sft, preference, reward_model read it",
+    ),
+    (
+        {"stage": "sft", "data.eval_path": "/no/such"},
+        "data.eval_path=/no/such: only stages preference, reward_model read it",
     ),
     (
         {"data.path": "/no/such", "warm_start.num_steps": 10},

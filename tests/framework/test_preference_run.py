@@ -67,6 +67,23 @@ def rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_supervised_training_from_a_file_stops_and_goes_on(overrides, tmp_path):
+    """Bit for bit, in the middle of an epoch of 20 records by 8; the loss falls."""
+    data = tmp_path / "answers.jsonl"
+    records = [{"prompt": f"{k}{k}=", "completion": f"{k % 10}"} for k in range(10, 30)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    line = [*overrides, "stage=sft", f"data.path={data}", "warm_start.batch_size=8"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, [*line, "num_steps=6"])
+    train(parts, [*line, "num_steps=2"])
+    train(parts, [*line, "num_steps=6", "checkpoint.resume=auto"])
+    a, b = (load_file(path / "hf" / "model.safetensors") for path in (parts, whole))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    losses = [row["train/loss"] for row in rows(whole)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
