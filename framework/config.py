@@ -23,6 +23,9 @@ class TinyModelConfig:
     num_kv_heads: int = 2
     ffn_size: int = 192
     tied: bool = True
+    num_experts: int = 0
+    """Experts of every layer, each of ffn_size (a Qwen3-MoE); 0: a dense model."""
+    experts_per_token: int = 2
     init_seed: int = 0
 
 

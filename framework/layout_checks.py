@@ -123,3 +123,10 @@ def _tiny(config: RunConfig) -> Iterator[str]:
             f"model.tiny.num_kv_heads={tiny.num_kv_heads}: does not divide "
             f"model.tiny.num_heads={tiny.num_heads}"
         )
+    if tiny.num_experts and tiny.experts_per_token > tiny.num_experts:
+        yield (
+            f"model.tiny.experts_per_token={tiny.experts_per_token}: more than "
+            f"model.tiny.num_experts={tiny.num_experts}"
+        )
+    if tiny.num_experts and tiny.tied and not config.model.hf_path:
+        yield "model.tiny.tied=True: SGLang serves a Qwen3-MoE with an output layer of its own only"

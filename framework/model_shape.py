@@ -7,7 +7,7 @@ from typing import Any
 
 from framework.config import ModelConfig
 
-TINY_VOCAB_SIZE = 72
+TINY_VOCAB_SIZE = 69
 TINY_MAX_POSITIONS = 1024
 
 
@@ -45,7 +45,7 @@ def read_model_shape(model: ModelConfig) -> ModelShape:
     if not model.hf_path:
         tiny = model.tiny
         return ModelShape(
-            architecture="Qwen3ForCausalLM",
+            architecture="Qwen3MoeForCausalLM" if tiny.num_experts else "Qwen3ForCausalLM",
             num_layers=tiny.num_layers,
             hidden_size=tiny.hidden_size,
             num_heads=tiny.num_heads,
@@ -54,9 +54,9 @@ def read_model_shape(model: ModelConfig) -> ModelShape:
             ffn_size=tiny.ffn_size,
             vocab_size=TINY_VOCAB_SIZE,
             tied=tiny.tied,
-            num_experts=0,
-            expert_ffn_size=0,
-            has_dense_layers=True,
+            num_experts=tiny.num_experts,
+            expert_ffn_size=tiny.ffn_size,
+            has_dense_layers=not tiny.num_experts,
             max_positions=TINY_MAX_POSITIONS,
         )
     values = read_hf_config("model.hf_path", model.hf_path)

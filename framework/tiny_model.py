@@ -1,4 +1,4 @@
-"""A policy for machines without a model hub: a random tiny Qwen3 with a character tokenizer.
+"""A policy for machines without a model hub: a random tiny Qwen3, dense or MoE, and its tokenizer.
 
 Written as an ordinary Hugging Face directory, so that everything downstream takes its usual path.
 """
@@ -6,6 +6,7 @@ Written as an ordinary Hugging Face directory, so that everything downstream tak
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from framework.config import TinyModelConfig
 
@@ -37,10 +38,18 @@ def create_tiny_model(config: TinyModelConfig, path: str | Path) -> None:
         raise ValueError(f"{path} exists and is not a tiny model; choose another run_dir")
 
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     tokenizer = _tokenizer()
-    hf_config = Qwen3Config(
+    experts: dict[str, Any] = {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.ffn_size,
+        "norm_topk_prob": True,
+    }
+    make_config: Any = Qwen3MoeConfig if config.num_experts else Qwen3Config
+    hf_config = make_config(
+        **(experts if config.num_experts else {}),
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.ffn_size,
@@ -58,10 +67,10 @@ def create_tiny_model(config: TinyModelConfig, path: str | Path) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.init_seed)
-        model = Qwen3ForCausalLM(hf_config)
+        model = (Qwen3MoeForCausalLM if config.num_experts else Qwen3ForCausalLM)(hf_config)
         # Residual outputs start smaller, so that depth does not grow the stream (GPT-2's rule).
         for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 parameter.data.mul_((2 * config.num_layers) ** -0.5)
     model.float().save_pretrained(path)
     tokenizer.save_pretrained(path)

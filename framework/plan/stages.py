@@ -41,6 +41,13 @@ def model_values(config: RunConfig) -> dict[str, Any]:
     if config.model.hf_path:
         return read_hf_config("model.hf_path", config.model.hf_path)
     tiny = config.model.tiny
+    experts: dict[str, Any] = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": tiny.num_experts,
+        "num_experts_per_tok": tiny.experts_per_token,
+        "moe_intermediate_size": tiny.ffn_size,
+        "norm_topk_prob": True,
+    }
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "vocab_size": TINY_VOCAB_SIZE,
@@ -51,6 +58,7 @@ def model_values(config: RunConfig) -> dict[str, Any]:
         "num_key_value_heads": tiny.num_kv_heads,
         "head_dim": tiny.hidden_size // tiny.num_heads,
         "tie_word_embeddings": tiny.tied,
+        **(experts if tiny.num_experts else {}),
     }
 
 
