@@ -30,14 +30,15 @@ LIVE = [
 
 
 @pytest.mark.timeout(600)
-def test_n_and_n_steps_with_a_stop_between_are_2n_steps(engine, tmp_path):
+def test_n_and_n_steps_with_a_stop_between_are_2n_steps(engine, first_run, tmp_path):
     """Live: engine, rollout process, trainer; staleness 0; bit for bit. At the stop, which is a
     `kill -9`, groups of a step after the checkpoint's are in flight."""
     live = [*LIVE, f"rollout.engine.urls=[{engine.url}]"]
     live += [f"rollout.engine.api_key={engine.api_key}"]
+    warm = first_run[0] / "warm_start" / "hf"
+    start = ["warm_start.num_steps=0", f"model.init_from={warm}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    drivetrain(*live, f"run_dir={whole}", "num_steps=6", "warm_start.num_steps=80")
-    start = ["warm_start.num_steps=0", f"model.init_from={whole / 'warm_start' / 'hf'}"]
+    drivetrain(*live, *start, f"run_dir={whole}", "num_steps=6")
     stop_in_flight(parts, *live, *start, "num_steps=6", "checkpoint.async_save=false")
     assert 2 <= newest_step(parts) < 6
     drivetrain(*live, *start, f"run_dir={parts}", "num_steps=6", "checkpoint.resume=auto")
