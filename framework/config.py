@@ -69,6 +69,10 @@ class ParallelConfig:
     dp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    """Each data-parallel rank keeps and updates a part of the optimizer's state."""
+    fsdp: bool = False
+    """Megatron-FSDP: parameters and gradients are cut over the data-parallel ranks as well, and
+    gathered layer by layer; with distributed_optimizer."""
     overlap: bool = False
     """Reduce gradients during the backward pass and, with distributed_optimizer, gather parameters
     during the forward pass."""

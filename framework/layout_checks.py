@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from framework.config import ParallelConfig, RunConfig
 from framework.model_shape import ModelShape
+from framework.preference_checks import needs_reference
 
 WITHOUT_ENGINE_TABLE = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
 """Architectures whose weights can be pushed but not compared tensor by tensor."""
@@ -15,6 +16,8 @@ def layout_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     yield from _tensor_parallel(parallel, shape)
     yield from _pipeline(parallel, shape)
     yield from _experts(parallel, shape)
+    if parallel.fsdp:
+        yield from _fsdp(config)
     if parallel.sequence_parallel and parallel.tp == 1:
         yield "parallel.sequence_parallel=True: needs parallel.tp of at least 2"
     shortest = 2 * parallel.cp
@@ -99,6 +102,26 @@ def _experts(parallel: ParallelConfig, shape: ModelShape) -> Iterator[str]:
         yield (
             "parallel.sequence_parallel=False: megatron-core trains experts under "
             f"parallel.tp={tp} with sequence parallelism only; set it to true"
+        )
+
+
+def _fsdp(config: RunConfig) -> Iterator[str]:
+    key, parallel = "parallel.fsdp=True", config.parallel
+    if not parallel.distributed_optimizer:
+        yield f"{key}: cuts the optimizer's state too; set parallel.distributed_optimizer=true"
+    if parallel.pp > 1:
+        yield f"{key}: megatron-core 0.19 cannot cut pipeline stages so; parallel.pp={parallel.pp}"
+    if needs_reference(config):
+        yield (
+            f"{key}: a reference policy (algorithm.kl_coef={config.algorithm.kl_coef:g}, "
+            f"stage={config.stage}) takes turns with whole parameters; set parallel.fsdp=false"
+        )
+    if config.rollout.engine.colocated and config.stage == "rl":
+        yield f"{key}: its buffers cannot leave the device; set rollout.engine.colocated=false"
+    if config.checkpoint.every_steps:
+        yield (
+            f"{key}: its optimizer's state cannot be stored yet; checkpoint.every_steps="
+            f"{config.checkpoint.every_steps} must be 0"
         )
 
 

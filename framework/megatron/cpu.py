@@ -213,6 +213,7 @@ def _patch_megatron() -> None:
     )
     rope_utils._apply_rotary_pos_emb_thd = _packed_rope(rope_utils)
     _patch_distributed_optimizer(DistributedOptimizer)
+    _patch_fsdp()
 
 
 @functools.lru_cache(maxsize=64)
@@ -278,6 +279,30 @@ def _uneven_reduce_scatter(even: Callable[..., torch.Tensor]) -> Callable[..., t
         return parts.sum(0)
 
     return reduce_scatter
+
+
+def _patch_fsdp() -> None:
+    """Megatron-FSDP writes "cuda" into its device mesh and compares its device with one by number.
+    Goes when it takes the type from the device that it is given."""
+    import megatron.core.distributed.fsdp.mcore_fsdp_adapter as adapter
+    import megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp as megatron_fsdp
+
+    class CpuMesh(adapter.DeviceMesh):
+        @staticmethod
+        def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+            return mesh.from_group(group, "cpu", *args, **kwargs)
+
+    class Torch(types.ModuleType):
+        @staticmethod
+        def device(spec: Any) -> torch.device:
+            return CPU if str(spec).startswith("cuda") else torch.device(spec)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+    mesh = adapter.DeviceMesh
+    adapter.DeviceMesh = CpuMesh
+    megatron_fsdp.torch = Torch("torch")
 
 
 def _patch_distributed_optimizer(cls: Any) -> None:

@@ -23,6 +23,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from framework.megatron.fsdp import FullyShardedDataParallel, gather, shard
 from framework.megatron.parallel import Mesh
 from framework.megatron.score_head import ScoreHead
 from framework.megatron.torch_spec import torch_block_spec
@@ -49,13 +50,16 @@ class Policy:
     chunks: list[GPTModel]
     """The bare models, one per virtual pipeline stage."""
     wrapped: list[DistributedDataParallel]
-    """The same, with gradient buffers and data-parallel reduction."""
+    """The same, with gradient buffers and data-parallel reduction; under parallel.fsdp of
+    FullyShardedDataParallel, which offers the same but for the buffers."""
     optimizer: MegatronOptimizer
 
     def sync_parameters(self) -> None:
         """Bring in what other ranks have updated; collective. Before anything reads parameters."""
         for model in self.wrapped:
-            if model.ddp_config.overlap_param_gather:
+            if isinstance(model, FullyShardedDataParallel):
+                gather(model)
+            elif model.ddp_config.overlap_param_gather:
                 model.disable_forward_pre_hook(param_sync=True)
                 model.enable_forward_pre_hook()
 
@@ -160,7 +164,8 @@ def transformer_config(
         **machine_settings(
             gpu=torch.cuda.is_available(),
             transformer_engine=uses_transformer_engine(),
-            apex=importlib.util.find_spec(APEX_FUSION) is not None,
+            # Megatron-FSDP takes gradients from `.grad`, unless Transformer Engine >= 2.10 fuses.
+            apex=not parallel.fsdp and importlib.util.find_spec(APEX_FUSION) is not None,
         ),
         **memory_settings(model, memory),
     }
@@ -234,7 +239,10 @@ def build_policy(
     wrapped = []
     for i, chunk in enumerate(chunks):
         module = Float16Module(config, chunk) if config.bf16 else chunk
-        wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0))
+        if parallel.fsdp:
+            wrapped.append(shard(config, module))
+        else:
+            wrapped.append(DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0))
     megatron_optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -248,7 +256,7 @@ def build_policy(
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
-            overlap_param_gather=ddp.overlap_param_gather,
+            overlap_param_gather=ddp.overlap_param_gather and not parallel.fsdp,
         ),
         wrapped,
     )
@@ -257,7 +265,7 @@ def build_policy(
         models, None, **rest
     )
     config.grad_scale_func = megatron_optimizer.scale_loss
-    if parallel.overlap:
+    if parallel.overlap and not parallel.fsdp:
         # Not the last micro-batch: gradients only add up.
         no_sync: Any = [each.no_sync for each in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

@@ -59,14 +59,19 @@ def estimate_stage(
 def _states(estimate: Estimate, config: RunConfig, stage: Stage) -> None:
     parallel, size = config.parallel, stage.parameters
     width = 4 if config.model.dtype == "float32" else 2
-    estimate.add("parameters", size * width, f"{size:,} x {width} B ({config.model.dtype})")
-    estimate.add("gradients", size * 4, f"{size:,} x 4 B (float32)")
     per = 8 if width == 4 else 12
     what = "two moments" if width == 4 else "master copy and two moments"
     dense_ranks = expert_ranks = 1
     if parallel.distributed_optimizer:
         dense_ranks = parallel.dp * parallel.cp
         expert_ranks = parallel.tp * dense_ranks // (parallel.ep * parallel.etp)
+    kept, where = size, ""
+    if parallel.fsdp:
+        kept = stage.dense / dense_ranks + stage.expert / expert_ranks
+        where = f" over {dense_ranks} ranks (experts: {expert_ranks})"
+        estimate.add("parameters, whole", size * width, "while pushed; else layer by layer")
+    estimate.add("parameters", kept * width, f"{size:,} x {width} B ({config.model.dtype}){where}")
+    estimate.add("gradients", kept * 4, f"{size:,} x 4 B (float32){where}")
     estimate.add(
         "optimizer, dense",
         stage.dense * per / dense_ranks,

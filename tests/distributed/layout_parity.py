@@ -184,12 +184,14 @@ def run_group(root: Path, cases: Sequence[Case]) -> None:
                 raise TimeoutError(f"{world} ranks took over {CASE_TIMEOUT_S:g} s a layout")
             time.sleep(0.05)
     finally:
+        ended = [rank.exitcode for rank in ranks]  # None: still at work
         for rank in ranks:
             rank.kill()
             rank.join(10)
     failures = [path.read_text() for path in sorted(root.glob("failed.*"))]
+    failures.sort(key=lambda text: "Connection" in text)  # that only says that another rank failed
     if failures or any(rank.exitcode for rank in ranks):
-        raise RuntimeError(failures[0] if failures else f"a rank ended: {ranks}")
+        raise RuntimeError(f"exit status of each rank: {ended}\n{''.join(failures[:1])}")
 
 
 def _rank(root: Path, rank: int, world: int, cases: list[Case]) -> None:
@@ -234,6 +236,17 @@ class Recorder:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Keep what the trainer reports."""
         self.steps.append({k: v for k, v in metrics.items() if k.startswith("train/")})
+
+
+class WholeBetweenSteps:
+    """In place of the weight sync where parameters are cut: a push wants them whole."""
+
+    def push(self, version: int) -> PushReport:
+        """Nobody to push to; the trainer has made the parameters whole for it."""
+        return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
+
+    def trainers_turn(self) -> None:
+        """As `WeightSync`."""
 
 
 class OffloadBetweenSteps:
@@ -289,6 +302,8 @@ def train(root: Path, rank: int, case: Case) -> None:
     recorder: Any = Recorder() if rank == 0 else None
     source = JournalSource(root / "rollouts")
     sync: Any = OffloadBetweenSteps(policy) if case.offload else None
+    if config.parallel.fsdp:
+        sync = WholeBetweenSteps()
     trainer_class(config)(
         config=config,
         mesh=mesh,

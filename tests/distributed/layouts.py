@@ -174,6 +174,7 @@ MOE_PARTS = {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]
 
 PREFERENCES_IN_CI = {("dpo", "dp"), ("kto", "cp")}
 SP, OPT, OVERLAP = "sequence_parallel", "distributed_optimizer", "overlap"
+FSDP = "fsdp"
 
 CASES = [
     _case("qwen3", tp=2),
@@ -186,6 +187,12 @@ CASES = [
     _case("qwen3", OPT, dp=2),
     _case("qwen3", OVERLAP, dp=2),
     _case("qwen3", OPT, OVERLAP, dp=2, ci=True),
+    _case("qwen3_tied", OPT, FSDP, dp=2, ci=True),
+    _case("qwen3", OPT, FSDP, cp=2, dp=2),
+    _case("llama", SP, OPT, FSDP, tp=2, dp=2),
+    _case("moe", OPT, FSDP, dp=4, ep=2),
+    _case("moe", SP, OPT, FSDP, tp=2, dp=2, ep=2),
+    _case("qwen3", OPT, FSDP, dp=2, objective="reward_model"),
     _case("moe", dp=2, ep=2, ci=True),
     _case("moe", cp=2, ep=2),
     _case("moe", cp=2),

@@ -75,6 +75,29 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
         ["parallel.pp=2", "parallel.first_stage_layers=2", "parallel.last_stage_layers=1"],
         ["first_stage_layers=2", "last_stage_layers=1", "2 layers"],
     ),
+    (
+        "cut parameters with a whole optimizer",
+        ["parallel.dp=2", "parallel.fsdp=true"],
+        ["parallel.fsdp=True", "parallel.distributed_optimizer=true"],
+    ),
+    (
+        "cut parameters in stages",
+        ["parallel.pp=2", "parallel.fsdp=true", "parallel.distributed_optimizer=true"],
+        ["parallel.fsdp=True", "parallel.pp=2"],
+    ),
+    (
+        "cut parameters and a reference",
+        ["parallel.fsdp=true", "parallel.distributed_optimizer=true", "algorithm=grpo_kl"],
+        ["parallel.fsdp=True", "algorithm.kl_coef"],
+    ),
+    (
+        "cut parameters and checkpoints",
+        [
+            *("parallel.fsdp=true", "parallel.distributed_optimizer=true"),
+            "checkpoint.every_steps=5",
+        ],
+        ["parallel.fsdp=True", "checkpoint.every_steps=5"],
+    ),
     ("experts", ["parallel.ep=2"], ["parallel.ep=2", "no experts"]),
     ("cut experts", ["parallel.etp=2"], ["parallel.etp=2", "no experts"]),
     (

@@ -80,6 +80,9 @@ def test_memory_follows_the_layout():
     assert total("parallel.distributed_optimizer=false")["optimizer, dense"] == pytest.approx(
         8 * base["optimizer, dense"]
     )
+    cut = total("parallel.fsdp=true")
+    assert cut["parameters, whole"] == base["parameters"] > 2 * cut["parameters"]
+    assert cut["gradients"] == pytest.approx(2 * cut["parameters"])
     assert total("memory.recompute=none")["activations"] > 10 * base["activations"]
     half = total("batch.max_tokens_per_microbatch=8193")["activations"]
     assert half == pytest.approx(base["activations"] / 2, rel=1e-3)
