@@ -286,6 +286,9 @@ def _patch_fsdp() -> None:
     Goes when it takes the type from the device that it is given."""
     import megatron.core.distributed.fsdp.mcore_fsdp_adapter as adapter
     import megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp as megatron_fsdp
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer import (
+        AllGatherPipeline,
+    )
 
     class CpuMesh(adapter.DeviceMesh):
         @staticmethod
@@ -303,6 +306,11 @@ def _patch_fsdp() -> None:
     mesh = adapter.DeviceMesh
     adapter.DeviceMesh = CpuMesh
     megatron_fsdp.torch = Torch("torch")
+    # Streams order its gathers and the reuse of their memory; gloo's threads know no streams.
+    gather = AllGatherPipeline.all_gather_params
+    AllGatherPipeline.all_gather_params = lambda self, *args, **kwargs: gather(
+        self, *args, **{**kwargs, "async_param_gather": False}
+    )
 
 
 def _patch_distributed_optimizer(cls: Any) -> None:
