@@ -44,8 +44,8 @@ TASK = [
     "eval.at_end=false",
     f"rollout.prompts_per_step={GROUPS}",
     f"rollout.samples_per_prompt={SAMPLES}",
-    "rollout.sampling.max_new_tokens=2048",
-    "batch.max_tokens_per_microbatch=16384",
+    "rollout.sampling.max_new_tokens=960",
+    "batch.max_tokens_per_microbatch=8192",
     "optimizer.lr=1e-6",
     "tracker=quiet",
 ]

@@ -116,7 +116,6 @@ def audit(killed: Path, calm: Path, num_steps: int) -> None:
     assert logged == list(range(1, num_steps + 1))
 
 
-@pytest.mark.nightly  # four restarts, one of an engine: a minute on a quiet machine
 @pytest.mark.timeout(900)
 def test_four_kills_lose_nothing(first_run, tmp_path):
     """Each role once, in a random order, each at a random moment of a step."""
