@@ -83,9 +83,10 @@ def colocation_errors(config: RunConfig) -> Iterator[str]:
             f"warm_start.num_steps={config.warm_start.num_steps}: the engines would load beside it "
             f"({key}); run stage=sft first and set model.init_from="
         )
-    if _on_gpus(config) and config.weight_sync.transport == "distributed":
+    transport = config.weight_sync.transport
+    if _on_gpus(config) and transport in ("distributed", "direct"):
         yield (
-            f"weight_sync.transport=distributed: NCCL takes no device twice ({key}); use tensor "
+            f"weight_sync.transport={transport}: NCCL takes no device twice ({key}); use tensor "
             "where one engine has all the trainers' devices, else disk"
         )
 

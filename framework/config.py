@@ -186,7 +186,8 @@ class WeightSyncConfig:
     """How the engines get new weights."""
 
     transport: str = "distributed"
-    """A row of framework.weight_sync.TRANSPORTS: distributed | disk | tensor (one host)."""
+    """A row of framework.weight_sync.TRANSPORTS: distributed | direct | disk | tensor (one
+    host)."""
     bucket_mb: int = 256
     verify: bool = True
     """After every push compare the engine's own checksum of every tensor with ours."""

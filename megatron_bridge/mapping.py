@@ -184,6 +184,31 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) 
     cannot repeat KV heads there.
     """
     model = describe(hf_config)
+    place = _engine_place(model, tp, rank, device)
+    rows = model.architecture.engine_rows
+    views: dict[str, View] = {}
+    for section in (Section.EMBEDDING, Section.FINAL, Section.OUTPUT):
+        if section is Section.OUTPUT and model.shape.tied:
+            continue
+        views |= {row.name: view for row, view in section_views(model, section, place, rows)}
+    templates = _layer_templates(model, place, rows)
+    for layer in range(model.shape.num_layers):
+        for row, view in templates[model.shape.layer_sections(layer)]:
+            views[layer_name(row.name, layer)] = view.renamed(lambda x, n=layer: layer_name(x, n))
+    return views
+
+
+def engine_section_views(
+    model: ModelDescription, section: Section, tp: int, rank: int, device: str
+) -> dict[str, View]:
+    """One section of `engine_views`; in layers names and box names keep their {layer}."""
+    place = _engine_place(model, tp, rank, device)
+    rows = model.architecture.engine_rows
+    return {row.name: view for row, view in section_views(model, section, place, rows)}
+
+
+def _engine_place(model: ModelDescription, tp: int, rank: int, device: str) -> Place:
+    """What the rules need to know of an engine rank."""
     shape = model.shape
     if not model.architecture.engine_rows:
         raise ValueError(
@@ -199,18 +224,7 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) 
             f"{shape.num_kv_heads} KV heads into {tp} parts"
         )
     multiple = ENGINE_CPU_FFN_MULTIPLE if device == "cpu" else 1
-    place = Place(shape=shape, tp=tp, tp_rank=rank, ffn_multiple=multiple)
-    rows = model.architecture.engine_rows
-    views: dict[str, View] = {}
-    for section in (Section.EMBEDDING, Section.FINAL, Section.OUTPUT):
-        if section is Section.OUTPUT and model.shape.tied:
-            continue
-        views |= {row.name: view for row, view in section_views(model, section, place, rows)}
-    templates = _layer_templates(model, place, rows)
-    for layer in range(model.shape.num_layers):
-        for row, view in templates[model.shape.layer_sections(layer)]:
-            views[layer_name(row.name, layer)] = view.renamed(lambda x, n=layer: layer_name(x, n))
-    return views
+    return Place(shape=shape, tp=tp, tp_rank=rank, ffn_multiple=multiple)
 
 
 def check_names(model: ModelDescription, found: Mapping[str, Index]) -> list[str]:

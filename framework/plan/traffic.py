@@ -144,12 +144,20 @@ def _flow_line(flow: Flow, config: RunConfig, gpu: Gpu | None) -> str:
 
 
 def push_line(config: RunConfig, weights_bytes: float) -> str:
-    """Bytes and time of a weight push: one trainer rank sends the whole model to every engine."""
+    """Bytes and time of a weight push: one trainer rank sends the whole model to every engine, or
+    all ranks send all engine ranks their parts (direct)."""
     gpu, transport = gpu_of(config), config.weight_sync.transport
     text = f"weight push ({transport}): {size_text(weights_bytes)}"
     if gpu is None:
         return f"{text}; its time is not estimated on CPUs"
     seconds = weights_bytes / gpu.network_bytes_per_s
+    if transport == "direct":
+        engine, senders = config.rollout.engine, config.parallel.world_size
+        share = max(engine.num_engines / senders, 1 / engine.tp)
+        return (
+            f"{text} to each engine, {seconds * share:.2g} s at least: {senders} ranks send, each "
+            f"engine's {engine.tp} receive, at {gpu.network_bytes_per_s / 1e9:.0f} GB/s a rank"
+        )
     return (
         f"{text}, {seconds:.2g} s at least: assembled and sent by one rank at "
         f"{gpu.network_bytes_per_s / 1e9:.0f} GB/s"

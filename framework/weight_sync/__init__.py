@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from framework.weight_sync.base import PushContext, PushReport, Transport
+from framework.weight_sync.direct import DirectPush
 from framework.weight_sync.disk import DiskPush
 from framework.weight_sync.distributed import DistributedPush
 from framework.weight_sync.engines import Engines, WeightSyncError
@@ -26,6 +27,7 @@ from megatron_bridge.export import Bucket, export_buckets
 
 TRANSPORTS: dict[str, type[Transport]] = {
     "distributed": DistributedPush,
+    "direct": DirectPush,
     "disk": DiskPush,
     "tensor": TensorPush,
 }
@@ -65,6 +67,7 @@ class WeightSync:
         self._turns = turns
         self._roster = roster
         self._admits = admits
+        self._verify = verify
         self._known: set[str] = set()
         """Engines that hold no open session of a trainer which died."""
         self._verifier: ExpectedChecksums | None = None
@@ -160,15 +163,21 @@ class WeightSync:
 
     def _push_once(self, version: int, engines: Engines | None) -> PushReport:
         """One attempt, to these engines; `engines` is None on all ranks but the pushing one."""
-        verifier, context, start = self._verifier, self._context, time.perf_counter()
-        with (
-            # Outermost: it plays this rank's part when an engine fails before a byte is sent.
-            export_buckets(
-                context.plan, context.chunks, context.rank, buffers=context.buffers
-            ) as buckets,
-            self._standing_still(engines),
-        ):
-            size = self._send(version, buckets, engines)
+        verifier, start = self._verifier, time.perf_counter()
+        with contextlib.ExitStack() as still:
+            failure = None
+            try:
+                still.enter_context(self._standing_still(engines))
+                if engines is not None and not set(engines.urls) <= self._known:
+                    engines.end_session()
+            except WeightSyncError as error:
+                failure = error
+            if not self._agree(failure is None):  # else the others would send to nobody
+                if failure is not None:
+                    raise failure
+                return PushReport()
+            self._known.clear()
+            size = self._send(version, engines)
             sent = time.perf_counter()
             if engines is not None:
                 if verifier is not None:
@@ -179,16 +188,22 @@ class WeightSync:
         end = time.perf_counter()
         return PushReport(size_bytes=size, time_s=end - start, verify_s=end - sent)
 
-    def _send(self, version: int, buckets: Iterator[Bucket], engines: Engines | None) -> int:
-        if engines is None:
+    def _send(self, version: int, engines: Engines | None) -> int:
+        with self._stream() as buckets:
+            if engines is not None:
+                if self._verifier is not None:
+                    self._verifier.reset()
+                return self._transport.send(version, buckets, engines, self._verifier)
+            self._transport.assist()
             next(buckets, None)  # takes part in the assembling
             return 0
-        if not set(engines.urls) <= self._known:
-            engines.end_session()
-        self._known.clear()
-        if self._verifier is not None:
-            self._verifier.reset()
-        return self._transport.send(version, buckets, engines, self._verifier)
+
+    def _stream(self) -> contextlib.AbstractContextManager[Iterator[Bucket]]:
+        """The whole model, where it is needed."""
+        context = self._context
+        if not (self._transport.sends_whole_tensors or self._verify):
+            return contextlib.nullcontext(iter(()))
+        return export_buckets(context.plan, context.chunks, context.rank, buffers=context.buffers)
 
     def _standing_still(self, engines: Engines | None) -> contextlib.AbstractContextManager[None]:
         if self._turns is not None:

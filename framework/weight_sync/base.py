@@ -23,6 +23,8 @@ class PushContext:
     """Memory that all pushes reuse."""
     rank: int
     engine_tp: int
+    engine_device: str
+    """cpu | cuda: where the engines hold their weights."""
     host: str
     """Interface of the pushing rank that the engines can reach."""
     scratch_dir: Path
@@ -35,6 +37,9 @@ class PushContext:
 
 class Transport(Protocol):
     """One way to move weights. A new one is one file and one row of TRANSPORTS."""
+
+    sends_whole_tensors: bool = True
+    """Whether `send` needs `buckets`; else they come only where checksums are compared."""
 
     def __init__(self, context: PushContext) -> None: ...
 
@@ -56,6 +61,10 @@ class Transport(Protocol):
             Bytes of weights sent to each engine.
         """
         ...
+
+    def assist(self) -> None:
+        """What a rank that is not the pushing one does while that one is in `send`, beside taking
+        part in the assembling of buckets."""
 
     def close(self, engines: Engines) -> None:
         """Let go of what is held for the engines; the last call, on the pushing rank alone."""

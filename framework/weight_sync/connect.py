@@ -53,6 +53,7 @@ def open_weight_sync(
         buffers=ExportBuffers(),
         rank=rank,
         engine_tp=engine.tp,
+        engine_device=_engine_device(engine.device),
         host=config.rollout.host,
         scratch_dir=run_dir.path / "weights",
         like=Path(config.model.hf_path),

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterable
 
-from framework.weight_sync.base import PushContext
+from framework.weight_sync.base import PushContext, Transport
 from framework.weight_sync.engines import Engines
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import Bucket
@@ -12,7 +12,7 @@ from megatron_bridge.hf_writer import HfWriter
 MAX_FILE_BYTES = 4 << 30
 
 
-class DiskPush:
+class DiskPush(Transport):
     """Rank 0 writes run_dir/weights/<version>; the engines read it; the one before is deleted."""
 
     def __init__(self, context: PushContext) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from framework.weight_sync.base import PushContext
+from framework.weight_sync.base import PushContext, Transport
 from framework.weight_sync.engines import Engines, WeightSyncError
 from framework.weight_sync.groups import join_update_group, open_store
 from megatron_bridge.checksum import ExpectedChecksums
@@ -16,7 +16,7 @@ from megatron_bridge.export import Bucket
 from rollout.server.server_process import public_host
 
 
-class DistributedPush:
+class DistributedPush(Transport):
     """The trainers assemble each bucket on rank 0, which broadcasts it to all engine ranks."""
 
     def __init__(self, context: PushContext) -> None:

@@ -12,13 +12,13 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 import torch.multiprocessing
 
-from framework.weight_sync.base import PushContext
+from framework.weight_sync.base import PushContext, Transport
 from framework.weight_sync.engines import Engines
 from megatron_bridge.checksum import ExpectedChecksums
 from megatron_bridge.export import Bucket
 
 
-class TensorPush:
+class TensorPush(Transport):
     """The trainers assemble each bucket on rank 0; every engine rank reads it where it lies."""
 
     def __init__(self, context: PushContext) -> None:

@@ -17,6 +17,7 @@ from rollout.config import EngineConfig, load_rollout_run
 from rollout.process import RESTARTS, follow_launcher
 from rollout.run_dir import RunDir
 from rollout.server.arguments import check_names, command_line
+from rollout.server.direct import LOADER
 from rollout.server.server_process import ServerError, ServerProcess, end_on_signals
 
 _LAUNCH = "rollout.server.launch"
@@ -76,7 +77,9 @@ class EngineProcess(ServerProcess):
             arguments |= {"device": "cpu", "attention_backend": "torch_native"}
         elif config.colocated:
             arguments["enable_memory_saver"] = True
-        return arguments | config.args
+        arguments |= config.args
+        theirs = config.args.get("custom_weight_loader") or []
+        return arguments | {"custom_weight_loader": [LOADER, *theirs]}
 
     def hold(self) -> None:
         """Generate nothing until somebody lets it continue: requests that come meanwhile wait."""

@@ -208,6 +208,15 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
         ["parallel.timeout_s=600", "rollout.engine.start_timeout_s"],
     ),
     (
+        "parts sent over NCCL to the same devices",
+        [
+            *("cluster=slurm", "rollout.engine.device=cuda", "rollout.engine.colocated=true"),
+            *("dry_run=true", "cluster.num_nodes=2", "cluster.engine_nodes=0"),
+            "weight_sync=direct",
+        ],
+        ["weight_sync.transport=direct", "takes no device twice"],
+    ),
+    (
         "shared memory between hosts",
         ["cluster=slurm", "weight_sync=tensor", "dry_run=true", "cluster.num_nodes=2"],
         ["weight_sync.transport=tensor", "cluster.num_nodes=2"],
@@ -384,7 +393,10 @@ def test_weights_that_cannot_be_verified_are_not_called_verified() -> None:
     model = ["model.hf_path=hf_configs/glm_4_5", "dry_run=true"]
     (error,) = check_config(compose_config(model))
     assert error.startswith("weight_sync.verify=True: SGLang's layout of Glm4MoeForCausalLM is not")
-    assert check_config(compose_config([*model, "weight_sync.verify=false"])) == []
+    unverified = [*model, "weight_sync.verify=false"]
+    assert check_config(compose_config(unverified)) == []
+    (error,) = check_config(compose_config([*unverified, "weight_sync=direct"]))
+    assert error.startswith("weight_sync.transport=direct: SGLang's layout of Glm4MoeForCausalLM")
 
 
 @pytest.mark.parametrize("layout", ["single", "dp2", "tp2", "pp2"])

@@ -37,6 +37,7 @@ class Pusher:
             buffers=ExportBuffers(),
             rank=0,
             engine_tp=1,
+            engine_device="cpu",
             host="127.0.0.1",
             scratch_dir=self.run_dir.path / "weights",
             like=hf_dir,

@@ -1,0 +1,238 @@
+"""Weights straight from every trainer rank to every engine rank: each part travels once.
+
+    rank 0          tells all ranks the group, then orders the engines by HTTP to join, to receive
+    every rank      packs its parts of a round, flat, one message an engine rank; the next round is
+                    packed while this one travels
+    engine ranks    `rollout.server.direct`: receive, place, confirm to rank 0
+
+No rank assembles a tensor, except to compare checksums: weight_sync.verify=true gathers the whole
+model on rank 0 beside the push, and costs what weight_sync=distributed costs.
+"""
+
+import base64
+import datetime
+import json
+import pickle
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from framework.weight_sync.base import PushContext, Transport
+from framework.weight_sync.engines import Engines, WeightSyncError
+from framework.weight_sync.groups import join_update_group, open_store
+from megatron_bridge.checksum import ExpectedChecksums
+from megatron_bridge.direct_plan import DirectPlan, Round
+from megatron_bridge.export import Bucket
+from megatron_bridge.load import parameters
+from rollout.server.direct import LOADER
+from rollout.server.server_process import public_host
+
+
+class DirectPush(Transport):
+    """Every trainer rank is a member of one group with every engine rank."""
+
+    sends_whole_tensors = False
+
+    def __init__(self, context: PushContext) -> None:
+        self.context = context
+        self._world = context.plan.layout.world_size
+        self._urls: list[str] = []
+        self._group: Any = None
+        self._rounds: tuple[Round, ...] = ()
+        self._backend = "nccl" if torch.cuda.is_available() else "gloo"
+
+    def send(
+        self,
+        version: int,
+        buckets: Iterable[Bucket],
+        engines: Engines,
+        verifier: ExpectedChecksums | None,
+    ) -> int:
+        """See `base.Transport`."""
+        store, order = None, self._order(engines)
+        if order["fresh"]:
+            store = open_store(order["address"], engines.timeout_s)
+            order["port"] = store.port
+        self._share(order)
+        failure: RuntimeError | None = None
+        try:
+            engines.begin_session()
+            if store is not None:
+                self._join(order, store, engines)
+            body = {"weight_version": str(version), "flush_cache": self.context.flush_cache}
+            replies = engines.start(
+                "/update_weights_from_tensor",
+                [self._body([{"do": "receive"}] * self.context.engine_tp, body)]
+                * len(engines.urls),
+            )
+            self._send_rounds()
+            self._confirmed(engines)
+            engines.finish(replies)
+        except RuntimeError as error:  # WeightSyncError, or torch's of a member that is gone
+            failure = error
+        if not self._all_well(failure is None):
+            raise WeightSyncError(f"not every part reached every engine: {failure}") from failure
+        engines.post("/end_weight_update", {})
+        for bucket in buckets if verifier is not None else ():
+            assert verifier is not None
+            verifier.add(bucket)
+        size = sum(each.numel * r.dtype.itemsize for r in self._rounds for each in r.transfers)
+        return size // len(engines.urls)
+
+    def assist(self) -> None:
+        """The other ranks' part of `send`."""
+        order, failed = self._share(None), False
+        try:
+            if order["fresh"]:
+                self._join(order, None, None)
+            self._send_rounds()
+        except RuntimeError:
+            failed = True
+        self._all_well(not failed)
+
+    def close(self, engines: Engines) -> None:
+        """Leave the group; the engines leave theirs when other trainers come."""
+        self._leave()
+
+    def _order(self, engines: Engines) -> dict[str, Any]:
+        """What every trainer rank must know of this push."""
+        return {
+            "fresh": self._group is None or self._urls != engines.urls,
+            "address": public_host(self.context.host),
+            "name": f"drivetrain_{secrets.token_hex(4)}",
+            "urls": list(engines.urls),
+            "timeout_s": engines.timeout_s,
+        }
+
+    def _share(self, order: dict[str, Any] | None) -> dict[str, Any]:
+        box: list[Any] = [order]
+        if self._world > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def _all_well(self, well: bool) -> bool:
+        """Whether every trainer rank is; else the group is given up."""
+        if self._world > 1:
+            flag = torch.tensor([well], dtype=torch.uint8)
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+            well = bool(flag.item())
+        if not well:
+            self._leave()
+        return well
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _join(self, order: dict[str, Any], store: Any, engines: Engines | None) -> None:
+        """A new group with these engines; on rank 0 `store` and `engines` are given."""
+        context, tp = self.context, self.context.engine_tp
+        self._leave()
+        self._urls = order["urls"]
+        self._rounds = DirectPlan(
+            export=context.plan,
+            engine_tp=tp,
+            num_engines=len(self._urls),
+            engine_device=context.engine_device,
+        ).rounds
+        world_size = self._world + tp * len(self._urls)
+        replies = []
+        if engines is not None:
+            common = {key: order[key] for key in ("address", "port", "name", "timeout_s")}
+            common |= {"do": "join", "backend": self._backend, "world_size": world_size}
+            orders = [
+                {**common, "rank": self._world + r, "rounds": expected(self._rounds, r)}
+                for r in range(tp * len(self._urls))
+            ]
+            bodies = [self._body(orders[k * tp : (k + 1) * tp]) for k in range(len(self._urls))]
+            replies = engines.start("/update_weights_from_tensor", bodies)
+        if store is None:
+            timeout = datetime.timedelta(seconds=order["timeout_s"])
+            store = dist.TCPStore(order["address"], order["port"], timeout=timeout)
+        self._group = join_update_group(
+            store,
+            rank=context.rank,
+            world_size=world_size,
+            name=order["name"],
+            backend=self._backend,
+            timeout_s=order["timeout_s"],
+        )
+        if engines is not None:
+            engines.finish(replies)
+
+    def _body(self, orders: list[dict[str, Any]], rest: dict[str, Any] | None = None) -> dict:
+        """A request that gives each rank of one engine its order."""
+        return {
+            "serialized_named_tensors": [_payload(json.dumps(order)) for order in orders],
+            "load_format": LOADER,
+            "abort_all_requests": False,
+            "flush_cache": False,
+            **(rest or {}),
+        }
+
+    def _send_rounds(self) -> None:
+        """This rank's messages of all rounds, two rounds in memory."""
+        local = parameters(self.context.chunks)
+        device = next(iter(local.values())).device
+        sent: list[list[Any]] = [[], []]
+        for number, each in enumerate(self._rounds):
+            slot = number % 2
+            for work in sent[slot]:
+                work.wait()
+            sent[slot] = []
+            for (sender, receiver), transfers in each.messages.items():
+                if sender != self.context.rank:
+                    continue
+                numel = sum(transfer.numel for transfer in transfers)
+                memory = self.context.buffers.take(
+                    f"direct_{slot}_{receiver}", numel * each.dtype.itemsize, device
+                )
+                message, offset = memory.view(each.dtype), 0
+                for transfer in transfers:
+                    content = local[transfer.chunk, transfer.source.parameter][
+                        transfer.source.index
+                    ]
+                    message[offset : offset + transfer.numel].view(content.shape).copy_(content)
+                    offset += transfer.numel
+                to = self._world + receiver
+                sent[slot].append(dist.isend(message, group=self._group, group_dst=to))
+        for work in (*sent[0], *sent[1]):
+            work.wait()
+
+    def _confirmed(self, engines: Engines) -> None:
+        device = next(iter(parameters(self.context.chunks).values())).device
+        for receiver in range(self.context.engine_tp * len(engines.urls)):
+            told = torch.zeros(1, dtype=torch.uint8, device=device)
+            dist.recv(told, group=self._group, group_src=self._world + receiver)
+            if not told.item():
+                engine, rank = divmod(receiver, self.context.engine_tp)
+                raise WeightSyncError(f"{engines.urls[engine]}: rank {rank} says why in its log")
+
+
+def expected(rounds: Iterable[Round], receiver: int) -> list[dict[str, Any]]:
+    """What an engine rank must know of the rounds that bring it something, as JSON."""
+    found = []
+    for each in rounds:
+        messages = [
+            [sender, sum(t.numel for t in transfers), [list(t.target) for t in transfers]]
+            for (sender, to), transfers in each.messages.items()
+            if to == receiver
+        ]
+        if messages:
+            found.append({"dtype": str(each.dtype).removeprefix("torch."), "messages": messages})
+    return found
+
+
+class _Nothing:
+    """Unpickled it is an empty tensor: SGLang's endpoint takes only tensors beside names."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.Tensor, ()
+
+
+def _payload(text: str) -> str:
+    return base64.b64encode(pickle.dumps([(text, _Nothing())])).decode()

@@ -1,0 +1,119 @@
+"""Every part of every engine rank is sent once, from a rank that holds it, and loads are even."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_views import FAST, MANY, cases, load_all, random_weights
+
+from megatron_bridge.direct_plan import DirectPlan
+from megatron_bridge.export_plan import ExportPlan
+from megatron_bridge.mapping import engine_views
+from megatron_bridge.models import describe
+from megatron_bridge.views import copy_in
+
+
+@st.composite
+def direct_cases(draw):
+    """A trainer layout of `cases`, and engines that can serve its model."""
+    config, layout, spec, multiple = draw(cases())
+    model = describe(config)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    fits = [
+        tp
+        for tp in (1, 2, 4)
+        if heads % tp == 0
+        and (kv_heads % tp == 0 or tp % kv_heads == 0)
+        and not model.architecture.engine_limit(model.shape)
+    ]
+    device = draw(st.sampled_from(["cpu", "cuda"]))
+    if device == "cpu":
+        fits = [tp for tp in fits if kv_heads % tp == 0]
+    return config, layout, spec, multiple, fits, device, draw(st.integers(1, 3))
+
+
+def make_plan(config, layout, spec, multiple, tp, device, engines) -> DirectPlan:
+    export = ExportPlan(
+        hf_config=config,
+        layout=layout,
+        spec=spec,
+        dtype=torch.float32,
+        vocab_pad_multiple=multiple,
+        bucket_bytes=2000,
+    )
+    return DirectPlan(export=export, engine_tp=tp, num_engines=engines, engine_device=device)
+
+
+def check_case(case, data) -> None:
+    config, layout, spec, multiple, fits, device, engines = case
+    if not fits:
+        return
+    tp = data.draw(st.sampled_from(fits))
+    plan = make_plan(config, layout, spec, multiple, tp, device, engines)
+    weights = random_weights(config)
+    ranks = load_all(config, layout, spec, multiple, weights)
+    views = [engine_views(config, tp, rank, device) for rank in range(tp)]
+    held = [
+        {name: torch.zeros(view.shape, dtype=torch.int32) for name, view in views[r % tp].items()}
+        for r in range(engines * tp)
+    ]
+    written = [{name: torch.zeros_like(tensor) for name, tensor in each.items()} for each in held]
+    sent = 0
+    for each in plan.rounds:
+        assert len(each.transfers) == sum(len(m) for m in each.messages.values())
+        for t in each.transfers:
+            source = ranks[t.sender][1][t.chunk, t.source.parameter][t.source.index]
+            target = held[t.receiver][t.target.parameter][t.target.index]
+            assert source.shape == target.shape
+            target.copy_(source)
+            written[t.receiver][t.target.parameter][t.target.index] += 1
+            sent += t.numel
+    for receiver, tensors in enumerate(held):
+        for name, view in views[receiver % tp].items():
+            wanted = torch.zeros(view.shape, dtype=torch.int32)
+            copy_in(view, lambda box: weights[box.name][box.source], wanted)
+            assert torch.equal(tensors[name], wanted)
+            once = torch.zeros(view.shape, dtype=torch.int32)
+            for box in view.boxes:
+                once[box.local] = 1
+            assert torch.equal(written[receiver][name], once)  # every byte once, padding never
+    assert sent == engines * sum(view.covered for each in views for view in each.values())
+
+
+@FAST
+@given(direct_cases(), st.data())
+def test_every_byte_of_every_engine_rank_is_sent_exactly_once(case, data):
+    check_case(case, data)
+
+
+@pytest.mark.nightly  # 400 random layouts take a minute
+@MANY
+@given(direct_cases(), st.data())
+def test_every_byte_of_every_engine_rank_is_sent_exactly_once_at_night(case, data):
+    check_case(case, data)
+
+
+@FAST
+@given(direct_cases(), st.data())
+def test_replicas_share_the_sending(case, data):
+    """Two data-parallel replicas never differ by more than the largest part that is sent."""
+    config, layout, spec, multiple, fits, device, engines = case
+    if not fits or layout.ep * layout.etp > 1:
+        return
+    tp = data.draw(st.sampled_from(fits))
+    plan = make_plan(config, layout, spec, multiple, tp, device, engines)
+    load: Counter[int] = Counter()
+    largest = 0
+    for each in plan.rounds:
+        for t in each.transfers:
+            load[t.sender] += t.numel
+            largest = max(largest, t.numel)
+    for pp in range(layout.pp):
+        for place in range(layout.tp):
+            replicas = range(
+                layout.rank(pp=pp) + place, layout.rank(pp=pp) + layout.stage_size, layout.tp
+            )
+            loads = [load[rank] for rank in replicas]
+            assert max(loads) - min(loads) <= largest
