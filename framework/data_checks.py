@@ -1,5 +1,6 @@
 """What is refused of the task, its reward and its filters. Imports the user's own code."""
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from random import Random
@@ -13,6 +14,7 @@ from rollout.conversations import Conversations
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters
 from rollout.rewards import NEED_ANSWER, find_reward
+from rollout.rewards.sandbox import SandboxError, run_sandboxed
 
 
 def task_errors(config: RunConfig) -> Iterator[str]:
@@ -45,7 +47,9 @@ def task_errors(config: RunConfig) -> Iterator[str]:
         yield said if said.startswith("data.") else f"data.task={config.data.task}: {said}"
     try:
         find_reward(config.data.reward)
-    except ValueError as error:
+        if config.data.reward == "code":
+            asyncio.run(run_sandboxed(""))
+    except (ValueError, SandboxError) as error:
         yield f"data.reward={config.data.reward}: {error}"
     yield from _generate_errors(config)
     try:

@@ -4,6 +4,7 @@ import inspect
 
 from rollout.own_code import look_up
 from rollout.rewards.base import Reward, RewardFunction, Task
+from rollout.rewards.code import code
 from rollout.rewards.overlong import punish_overlong
 from rollout.rewards.rules import environment, exact_match, match_and_length, math_answer
 
@@ -18,12 +19,13 @@ __all__ = [
 ]
 
 REWARDS: dict[str, RewardFunction] = {
+    "code": code,
     "environment": environment,
     "exact_match": exact_match,
     "match_and_length": match_and_length,
     "math": math_answer,
 }
-NEED_ANSWER = ("exact_match", "match_and_length", "math")
+NEED_ANSWER = ("code", "exact_match", "match_and_length", "math")
 """Those that compare with the answer of the environment's `describe()`."""
 
 
