@@ -13,7 +13,7 @@ from rollout.config import AgentConfig
 from rollout.conversations import Conversations
 from rollout.data import PromptStream
 from rollout.filters import GroupFilters
-from rollout.rewards import NEED_ANSWER, find_reward
+from rollout.rewards import NEED_ANSWER, kinds_of, make_reward
 from rollout.rewards.sandbox import SandboxError, run_sandboxed
 
 
@@ -35,9 +35,10 @@ def task_errors(config: RunConfig) -> Iterator[str]:
         (environment,) = stream.environments(0, 1)
         if supervised:
             environment.demonstration()
-        if config.data.reward in NEED_ANSWER and "answer" not in environment.describe():
+        need = [kind for kind in kinds_of(config.data) if kind in NEED_ANSWER]
+        if need and "answer" not in environment.describe():
             yield (
-                f"data.reward={config.data.reward}: compares with an answer, but "
+                f"data.reward={need[0]}: compares with an answer, but "
                 f"data.task={config.data.task} describes none; use data.reward=environment"
             )
         if config.stage in COMPARING:
@@ -46,11 +47,13 @@ def task_errors(config: RunConfig) -> Iterator[str]:
         said = str(error)
         yield said if said.startswith("data.") else f"data.task={config.data.task}: {said}"
     try:
-        find_reward(config.data.reward)
-        if config.data.reward == "code":
+        make_reward(config.data)
+        if "code" in kinds_of(config.data):
             asyncio.run(run_sandboxed(""))
-    except (ValueError, SandboxError) as error:
-        yield f"data.reward={config.data.reward}: {error}"
+    except ValueError as error:
+        yield str(error)
+    except SandboxError as error:
+        yield f"data.reward=code: {error}"
     yield from _generate_errors(config)
     try:
         GroupFilters(config.rollout.filters)

@@ -138,6 +138,10 @@ class DataConfig:
     max_concurrency: int = 0
     """Calls of environments and rewards, and episodes of data.generate, that run at a time. 0: any
     number; of data.agent.command twice the CPU cores."""
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """Instead of `reward`: several by name, weighted and added, each {kind, weight, timeout_s,
+    max_retries, args}; see rollout.rewards.weighted. Kinds beyond `reward`'s: http | judge |
+    reward_model."""
     overlong_share: float = 0.0
     """DAPO's soft punishment: from where this share of rollout.sampling.max_new_tokens is left, the
     training reward falls, by overlong_penalty where none is left. 0: none."""

@@ -26,7 +26,7 @@ from rollout.filters import GroupFilters
 from rollout.generate import Generator
 from rollout.process import follow_launcher
 from rollout.producer import Producer, ProducerFailure
-from rollout.rewards import find_reward, punish_overlong
+from rollout.rewards import make_reward, punish_overlong
 from rollout.run_dir import RunDir
 from rollout.service import Service
 from rollout.tokens import Chat
@@ -52,10 +52,7 @@ class Parts:
 async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
     """Wait for the engines, then put the parts together; stops generation at the end."""
     run = load_rollout_run(run_dir.config)
-    try:
-        reward = find_reward(run.data.reward)
-    except ValueError as error:
-        raise ValueError(f"data.reward={run.data.reward}: {error}") from error
+    reward = make_reward(run.data)
     engine, sampling, data = run.rollout.engine, run.rollout.sampling, run.data
     filters = GroupFilters(run.rollout.filters)
     prompts = PromptStream(run.data, run.seed, "train")

@@ -1,20 +1,27 @@
 """The rewards by name: each `async (sample, task) -> Reward`."""
 
 import inspect
+from collections.abc import Callable
 
+from rollout.config import DataConfig
 from rollout.own_code import look_up
 from rollout.rewards.base import Reward, RewardFunction, Task
 from rollout.rewards.code import code
 from rollout.rewards.overlong import punish_overlong
 from rollout.rewards.rules import environment, exact_match, match_and_length, math_answer
+from rollout.rewards.services import http, judge, reward_model
+from rollout.rewards.weighted import read_terms, weighted
 
 __all__ = [
     "NEED_ANSWER",
     "REWARDS",
+    "SERVICES",
     "Reward",
     "RewardFunction",
     "Task",
     "find_reward",
+    "kinds_of",
+    "make_reward",
     "punish_overlong",
 ]
 
@@ -25,6 +32,12 @@ REWARDS: dict[str, RewardFunction] = {
     "match_and_length": match_and_length,
     "math": math_answer,
 }
+SERVICES: dict[str, Callable[..., RewardFunction]] = {
+    "http": http,
+    "judge": judge,
+    "reward_model": reward_model,
+}
+"""Makers of rewards that somebody else computes, from `data.rewards.<name>.args`."""
 NEED_ANSWER = ("code", "exact_match", "match_and_length", "math")
 """Those that compare with the answer of the environment's `describe()`."""
 
@@ -39,3 +52,39 @@ def find_reward(name: str) -> RewardFunction:
     if not inspect.iscoroutinefunction(found) or len(inspect.signature(found).parameters) != 2:
         raise ValueError("is not an `async def` of (sample, task)")
     return found
+
+
+def make_reward(data: DataConfig) -> RewardFunction:
+    """The run's reward: `data.rewards`, or `data.reward` where there are none.
+
+    Raises:
+        ValueError: what is wrong, with its key.
+    """
+    if not data.rewards:
+        try:
+            return find_reward(data.reward)
+        except ValueError as error:
+            raise ValueError(f"data.reward={data.reward}: {error}") from error
+    terms = {}
+    for name, term in read_terms(data.rewards).items():
+        if term.bound_s > data.timeout_s:
+            raise ValueError(
+                f"data.rewards.{name}.timeout_s={term.timeout_s:g}: with {term.max_retries} "
+                f"retries up to {term.bound_s:g} s, beyond data.timeout_s={data.timeout_s:g}"
+            )
+        try:
+            if term.kind in SERVICES:
+                reward = SERVICES[term.kind](**term.args)
+            elif term.args:
+                raise ValueError("only services take args")
+            else:
+                reward = find_reward(term.kind)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"data.rewards.{name}, kind={term.kind}: {error}") from error
+        terms[name] = (term, reward)
+    return weighted(terms)
+
+
+def kinds_of(data: DataConfig) -> list[str]:
+    """The kinds of reward that a run uses."""
+    return [term.kind for term in read_terms(data.rewards).values()] or [data.reward]

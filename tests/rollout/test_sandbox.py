@@ -168,4 +168,8 @@ def test_code_reward(reply: str, value: float) -> None:
         replies=[reply],
         environment_reward=0.0,
     )
-    assert asyncio.run(find_reward("code")(sample, task)).value == value
+
+    async def score() -> float:
+        return (await find_reward("code")(sample, task)).value
+
+    assert asyncio.run(score()) == value
