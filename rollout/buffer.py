@@ -16,7 +16,8 @@ rules count groups not dropped, so the bound stays. With eta = 0 the batch is th
 groups from there on that are not dropped, in whatever order they finish.
 """
 
-from collections import Counter
+import heapq
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from rollout.types import Group
@@ -63,10 +64,11 @@ class DataBuffer:
         self._num_dropped = 0
         self._next_group_id = 0
         self._running: dict[int, Lease] = {}
-        self._returned: list[Lease] = []
+        self._returned: deque[Lease] = deque()
         # Accepted groups and counts of all groups not yet delivered, by start version: at most
-        # eta + 1 versions are alive at a time, so everything below is O(eta + B).
-        self._accepted: dict[int, list[Group]] = {}
+        # eta + 1 versions are alive at a time: a take is O(eta + B log n), the rest O(log n).
+        # Each version's groups are a heap of (id, group): ids are unique, groups never compared.
+        self._accepted: dict[int, list[tuple[int, Group]]] = {}
         self._undelivered: Counter[int] = Counter()
 
     @property
@@ -88,7 +90,7 @@ class DataBuffer:
     def lease(self) -> Lease | None:
         """Start a group, or None while the staleness bound forbids it."""
         if self._returned:
-            lease = self._returned.pop(0)
+            lease = self._returned.popleft()
             self._running[lease.group_id] = lease
             return lease
         limit = (self.version + self._eta + 1) * self._groups_per_step if self.version >= 0 else 0
@@ -115,7 +117,7 @@ class DataBuffer:
                 f"{group.start_version}"
             )
         self._take_running(group.group_id)
-        self._accepted.setdefault(group.start_version, []).append(group)
+        self._put(group)
 
     def drop(self, group_id: int, why: str) -> None:
         """A running group is finished and not wanted: another may start in its place."""
@@ -139,11 +141,9 @@ class DataBuffer:
             return None
         batch: list[Group] = []
         for version in sorted(self._accepted):
-            groups = sorted(self._accepted[version], key=lambda group: group.group_id)
-            room = self._groups_per_step - len(batch)
-            batch += groups[:room]
-            taken = min(room, len(groups))
-            self._accepted[version] = groups[room:]
+            groups = self._accepted[version]
+            taken = min(self._groups_per_step - len(batch), len(groups))
+            batch += [heapq.heappop(groups)[1] for _ in range(taken)]
             self._undelivered[version] -= taken
             for table in (self._accepted, self._undelivered):
                 if not table[version]:
@@ -166,7 +166,7 @@ class DataBuffer:
             next_group_id=self._next_group_id,
             next_step=self.next_step,
             leases=[*self._returned, *self._running.values()],
-            accepted=[group for groups in self._accepted.values() for group in groups],
+            accepted=[group for groups in self._accepted.values() for _, group in sorted(groups)],
             num_dropped=self._num_dropped,
             dropped=dict(self.dropped),
         )
@@ -183,7 +183,7 @@ class DataBuffer:
         """No running group was finished."""
         for group_id in list(self._running):
             self.give_back(group_id)
-        self._returned.sort(key=lambda lease: lease.group_id)
+        self._returned = deque(sorted(self._returned, key=lambda lease: lease.group_id))
 
     def load_state_dict(self, state: BufferState) -> None:
         """Continue from a saved state, in a new buffer of the same settings."""
@@ -191,14 +191,18 @@ class DataBuffer:
         self._next_group_id = state.next_group_id
         self.next_step = state.next_step
         self._running = {}
-        self._returned = sorted(state.leases, key=lambda lease: lease.group_id)
+        self._returned = deque(sorted(state.leases, key=lambda lease: lease.group_id))
         self._accepted = {}
         for group in state.accepted:
-            self._accepted.setdefault(group.start_version, []).append(group)
+            self._put(group)
         pending = [*state.leases, *state.accepted]
         self._undelivered = Counter(item.start_version for item in pending)
         self._num_dropped = state.num_dropped
         self.dropped = Counter(state.dropped)
+
+    def _put(self, group: Group) -> None:
+        groups = self._accepted.setdefault(group.start_version, [])
+        heapq.heappush(groups, (group.group_id, group))
 
     def _take_running(self, group_id: int) -> Lease:
         lease = self._running.pop(group_id, None)
