@@ -10,6 +10,8 @@ from typing import Any
 
 from framework.config import RunConfig
 from framework.config_fields import nearest
+from framework.critic_checks import TABLE as VALUED
+from framework.critic_checks import uses_critic
 from framework.preference_checks import COMPARING, needs_reference
 from framework.source_facts import row_knobs, table_keys
 
@@ -96,7 +98,7 @@ def _tables(config: RunConfig) -> dict[str, tuple[str, str, str]]:
     """The rows that this stage chooses from."""
     if config.stage in COMPARING:
         return {"loss": LOSS_TABLES[config.stage]}
-    return ROWS
+    return {**ROWS, "advantage": VALUED} if uses_critic(config) else ROWS
 
 
 def _other_stage(config: RunConfig, kind: str, name: str) -> str:

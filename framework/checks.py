@@ -11,6 +11,7 @@ from pathlib import Path
 from framework.algorithm_checks import algorithm_errors
 from framework.cluster_checks import cluster_errors, colocation_errors
 from framework.config import RunConfig
+from framework.critic_checks import critic_errors
 from framework.data_checks import task_errors
 from framework.field_rules import field_errors
 from framework.launch.devices import visible_gpus
@@ -39,6 +40,7 @@ def check_config(config: RunConfig) -> list[str]:
     errors += _mode_and_stage(config)
     errors += _sampling(config)
     errors += algorithm_errors(config)
+    errors += critic_errors(config)
     errors += preference_errors(config)
     errors += _asynchrony(config)
     errors += _batch(config)

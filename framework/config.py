@@ -7,6 +7,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from framework.config_critic import CriticConfig
 from framework.config_stages import PreferenceConfig, WarmStartConfig
 from framework.config_system import CheckpointConfig, ClusterConfig, ProfileConfig, TrackerConfig
 from megatron_bridge.layout import Layout
@@ -120,7 +121,8 @@ class AlgorithmConfig:
 
     name: str = "grpo"
     advantage: str = "group_normalized"
-    """A row of framework.algorithm.advantages.ADVANTAGES, or a module of yours: package.module."""
+    """A row of framework.algorithm.advantages.ADVANTAGES, or a module of yours: package.module; or
+    of framework.algorithm.critic.VALUE_ADVANTAGES: the run then has a critic."""
     advantage_args: dict[str, Any] = field(default_factory=dict)
     """Its knobs: the fields of its Config."""
     loss: str = "ppo_clip"
@@ -242,6 +244,7 @@ class RunConfig:
     weight table; -1: none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

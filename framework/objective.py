@@ -9,6 +9,7 @@ import torch
 from framework.algorithm.advantages import ADVANTAGES
 from framework.algorithm.aggregation import token_weights
 from framework.algorithm.corrections import CORRECTIONS
+from framework.algorithm.critic import VALUE_ADVANTAGES
 from framework.algorithm.inputs import (
     AdvantageInputs,
     CorrectionOutput,
@@ -29,7 +30,7 @@ class Objective:
     """All of it bound to its knobs; pure."""
 
     advantage: Callable[[AdvantageInputs], list[torch.Tensor]] | None
-    """None: nothing is compared (stage=sft), every advantage is 1."""
+    """None: nothing is compared, every advantage is 1 (stage=sft) or will be the critic's."""
     loss: Callable[[LossInputs], LossOutput]
     correction: Callable[[LossInputs], CorrectionOutput] | None
     kl: Callable[[LossInputs], torch.Tensor] | None
@@ -130,11 +131,12 @@ def build_objective(config: RunConfig) -> Objective:
             aggregation="token_mean",
             max_length=max_length,
         )
-    advantage = find_row(ADVANTAGES, algorithm.advantage, "advantages")
+    valued = algorithm.advantage in VALUE_ADVANTAGES
+    advantage = None if valued else find_row(ADVANTAGES, algorithm.advantage, "advantages")
     loss = find_row(LOSSES, algorithm.loss, "loss")
     correction = find_row(CORRECTIONS, algorithm.correction, "weights")
     return Objective(
-        advantage=advantage.bind(algorithm.advantage_args),
+        advantage=advantage.bind(algorithm.advantage_args) if advantage else None,
         loss=loss.bind(algorithm.loss_args),
         correction=correction.bind(algorithm.correction_args),
         kl=KL_ESTIMATORS[algorithm.kl_estimator] if algorithm.kl_coef else None,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from framework.checkpoints import TORCH_DIST
 from framework.config import RunConfig
+from framework.critic_checks import uses_critic
 from framework.launch.resume import resume_errors
 from framework.model_shape import read_hf_config
 from rollout.run_dir import RunDir
@@ -24,6 +25,18 @@ def _start(config: RunConfig, key: str, path: str) -> Iterator[str]:
         yield (
             f"{key}={path}: a Megatron checkpoint of a policy, and stage=reward_model gives it "
             "another output layer; name that run's hf/, or make one by drivetrain-convert to-hf"
+        )
+
+
+def _critic(config: RunConfig) -> Iterator[str]:
+    """Where the critic begins: a Hugging Face directory, with or without a scalar head."""
+    yield from _weights("critic.init_from", config.critic.init_from)
+    start = config.model.init_from
+    derived = uses_critic(config) and not config.critic.init_from and start
+    if derived and (Path(start).expanduser() / TORCH_DIST).is_file():
+        yield (
+            f"model.init_from={start}: a Megatron checkpoint, whose output layer the critic does "
+            "not have; name a Hugging Face directory by critic.init_from"
         )
 
 
@@ -49,6 +62,7 @@ def path_errors(config: RunConfig) -> Iterator[str]:
     """Weights to start from, the run to go on with, and the run directory; one line each."""
     yield from _start(config, "model.init_from", config.model.init_from)
     yield from _start(config, "algorithm.reference", config.algorithm.reference)
+    yield from _critic(config)
     path = Path(config.run_dir)
     yield from resume_errors(config)
     fresh = config.checkpoint.resume != "auto" and not config.dry_run  # which writes nothing

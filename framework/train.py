@@ -21,6 +21,7 @@ from framework.checkpoints import (
 )
 from framework.compose import load_run_config
 from framework.config import RunConfig
+from framework.critic import build_critic
 from framework.launch.role_log import CONSEQUENCES, STARTS
 from framework.preference_checks import is_paired, needs_reference
 from rollout.process import RESTARTS, follow_launcher
@@ -77,6 +78,8 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     live = config.stage == "rl" and config.mode == "train"
     engines = connect_engines(config, run_dir, mesh.rank) if live else None
     dist.barrier()  # engines on our devices have given their memory away
+    critic = build_critic(config, mesh, found)
+    critic_model = None if critic is None else critic.model
     policy, reference = build_models(config, mesh, found)
     plan = ExportPlan(
         hf_config=policy.hf_config,
@@ -92,7 +95,9 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         logger = MetricsLogger(run_dir.path, tensorboard=config.tracker.tensorboard, done=done)
         source.restore(done, found.rollout_state() if found is not None else b"")
     dist.barrier()  # no rank asks for batches before they are the right ones
-    sync = open_weight_sync(config, run_dir, mesh.rank, policy, plan, engines) if live else None
+    sync = None
+    if live:
+        sync = open_weight_sync(config, run_dir, mesh.rank, policy, plan, engines, critic_model)
     trainer = trainer_class(config)(
         config=config,
         mesh=mesh,
@@ -101,8 +106,9 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         sync=sync,
         logger=logger,
         reference=reference,
+        critic=critic,
         checkpoints=(
-            CheckpointWriter(config, policy, mesh, run_dir.checkpoints)
+            CheckpointWriter(config, policy, mesh, run_dir.checkpoints, critic_model)
             if config.checkpoint.every_steps
             else None
         ),

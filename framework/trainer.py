@@ -12,6 +12,7 @@ from framework.batching import UpdatePlan, plan_step
 from framework.config import RunConfig
 from framework.flops import training_flops
 from framework.megatron.checkpoint import CheckpointWriter
+from framework.megatron.critic import Critic
 from framework.megatron.microbatch import Microbatch, pack_microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
@@ -47,6 +48,8 @@ class Trainer:
     """On the reporting rank (0)."""
     reference: Reference | None = None
     """Where algorithm.kl_coef asks for one."""
+    critic: Critic | None = None
+    """Where algorithm.advantage asks for one."""
     checkpoints: CheckpointWriter | None = None
     """None: this run saves none."""
     start_step: int = 0
@@ -161,11 +164,19 @@ class Trainer:
             with self.phases.measure("ref_logprobs"), self.reference.swapped_in():
                 for microbatches in updates:
                     self.runner.logprobs(microbatches, of_reference=True)
+        valued: dict[str, float] = {}
+        if self.critic is not None:
+            with self.phases.measure("values"):
+                valued = self.critic.prepare(updates, [info.reward for info in batch.samples])
         figures: list[dict[str, float]] = []
         for i, microbatches in enumerate(updates):
             lr = self.learning_rate(batch.step * len(updates) + i)
             with self.phases.measure("update"):
                 figures.append(self.runner.update(microbatches, self.objective, lr))
+            if self.critic is not None:
+                with self.phases.measure("critic_update"):
+                    number = batch.step * len(updates) + i
+                    figures[i] |= self.critic.update(microbatches, number)
         metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
         metrics["train/tokens"] *= len(figures)  # each token is in one update
         if self.config.batch.overlong == "truncate":
@@ -179,6 +190,7 @@ class Trainer:
             metrics[key] = figures[0][key]
         return {
             **metrics,
+            **valued,
             **effective_sample_fraction(metrics),
             "train/lr": lr,
             "train/num_microbatches": sum(plan.num_microbatches for plan in plans),
@@ -246,8 +258,14 @@ class Trainer:
         ]
 
     def learning_rate(self, update: int) -> float:
-        """Linear warm-up, then constant: a function of the update's number alone."""
+        """Linear warm-up, then constant: a function of the update's number alone.
+
+        0 while only the critic learns (critic.policy_starts_at_step); the warm-up follows.
+        """
         optimizer = self.config.optimizer
+        update -= self.config.critic.policy_starts_at_step * self.num_updates
+        if update < 0:
+            return 0.0
         return optimizer.lr * min(1.0, (update + 1) / max(1, optimizer.warmup_steps))
 
     def check_gate(self, updates: list[list[Microbatch]]) -> None:

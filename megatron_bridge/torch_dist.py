@@ -52,8 +52,12 @@ def stored_views(hf_config: Mapping[str, Any]) -> dict[str, View]:
     return stored
 
 
+OTHERS = ("optimizer.", "critic.")
+"""What names begin with that are not the model's."""
+
+
 class TorchDistCheckpoint:
-    """A checkpoint's model tensors; optimizer and generators in it are left alone.
+    """A checkpoint's model tensors; optimizer, generators and critic in it are left alone.
 
     Opening reads the metadata and compares the sizes of the files with it.
     """
@@ -67,7 +71,7 @@ class TorchDistCheckpoint:
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: entry
             for name, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(OTHERS)
         }
         """Name -> global shape, type and stored parts."""
 

@@ -44,6 +44,7 @@ from framework.megatron.parallel import Mesh
 from framework.megatron.sharded_state import (
     blank_weights,
     count_updates,
+    critic_state,
     load_model,
     load_optimizers,
     rng_object,
@@ -69,8 +70,16 @@ class CheckpointError(RuntimeError):
 class CheckpointWriter:
     """Saves of one run, at most one under way. Every method is a collective of all trainers."""
 
-    def __init__(self, config: RunConfig, policy: Policy, mesh: Mesh, root: Path) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        mesh: Mesh,
+        root: Path,
+        critic: Policy | None = None,
+    ) -> None:
         self._config, self._policy, self._mesh, self._root = config, policy, mesh, root
+        self._critic = critic
         group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
         # Replicas of a tensor share the writing of it.
         self._strategy: Any = FullyParallelSaveStrategyWrapper(
@@ -100,6 +109,8 @@ class CheckpointWriter:
         writing = Path(box[0])
         state = sharded_state(self._policy, is_loading=False)
         state.tree["rng"] = rng_object(self._mesh, rng_state())
+        if self._critic is not None:
+            state.tree["critic"] = critic_state(self._critic, is_loading=False).tree
         filesystem_async._results_queue = _WriterReport()  # pyright: ignore
         with _Explained(writing, _NOT_WRITTEN):
             request = dist_checkpointing.save(
@@ -187,6 +198,19 @@ def load_checkpoint(checkpoint: Checkpoint, policy: Policy, mesh: Mesh) -> None:
     load_optimizers(policy, state, loaded, manifest.num_updates)
     if same_layout:
         set_rng_state(loaded["rng"])
+
+
+def load_critic(checkpoint: Checkpoint, critic: Policy) -> None:
+    """The same for the critic, which has made as many updates as the policy. A collective.
+
+    Raises:
+        CheckpointError: there is none in it, or another one.
+    """
+    state = critic_state(critic, is_loading=True)
+    with _Explained(checkpoint.path, "has no critic that fits this model"):
+        loaded: Any = dist_checkpointing.load({"critic": state.tree}, str(checkpoint.path))
+    load_model(critic.chunks, loaded["critic"]["model"])
+    load_optimizers(critic, state, loaded["critic"], checkpoint.manifest.num_updates)
 
 
 def load_weights(path: str, chunks: list[GPTModel], hf_config: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ position before it, and the last position of each sequence has no label.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -24,6 +25,7 @@ REAL_COLUMNS = (
     "rollout_logprobs",
     "staleness",
     "is_last",
+    "turn_ends",
 )
 """float32."""
 
@@ -56,6 +58,8 @@ class Microbatch:
     """[T] float32: versions between the token's policy and the step's."""
     is_last: torch.Tensor
     """[T] float32: 1 at the last token of a sequence."""
+    turn_ends: torch.Tensor
+    """[T] float32: 1 where the label is the last token of one of the policy's turns."""
     packed_seq_params: PackedSeqParams
     old_logprobs: torch.Tensor | None = None
     """[T] float32, on ranks of the last stage once computed."""
@@ -63,6 +67,10 @@ class Microbatch:
     """The same of the reference policy."""
     selected: torch.Tensor | None = None
     """[T] float32: 1 at the tokens that the loss chose, see selection.py."""
+    values: torch.Tensor | None = None
+    """[T] float32: the critic's before the step's first update, where there is one."""
+    returns: torch.Tensor | None = None
+    """[T] float32: what the critic is to estimate."""
 
 
 def pack_microbatch(
@@ -152,5 +160,15 @@ def _sequence(
         "advantages": predicted(advantages * mask),
         "is_last": is_last,
         "staleness": predicted((step - torch.from_numpy(sample.versions.copy())) * mask),
+        "turn_ends": predicted(torch.from_numpy(_turn_ends(sample))),
         "rollout_logprobs": predicted(torch.from_numpy(sample.rollout_logprobs.copy()) * mask),
     }
+
+
+def _turn_ends(sample: Sample) -> np.ndarray:
+    """[R] float32: 1 at the last token of each of the policy's turns."""
+    ends = np.zeros(sample.response_length, dtype=np.float32)
+    written = sample.loss_mask.nonzero()[0]
+    turns = np.searchsorted(sample.turn_starts, written, side="right")
+    ends[written[np.append(turns[1:] != turns[:-1], True)[: len(written)]]] = 1
+    return ends

@@ -1,6 +1,7 @@
 """A trainer rank without its device memory, while the engines have their turn on the device."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -8,16 +9,16 @@ from framework.megatron.model import Policy
 
 
 class Offload:
-    """Moves a policy's state to the host and back, storage by storage: views stay views.
+    """Moves the state of models to the host and back, storage by storage: views stay views.
 
     Parameters, the optimizer's master copies and its moments are kept, in pinned memory that all
     turns reuse; gradients are dropped, for every update begins with zeros. On a CPU, where the
     state is on the host already, only the gradients are freed.
     """
 
-    def __init__(self, policy: Policy, *, everything: bool | None = None) -> None:
+    def __init__(self, *policies: Policy, everything: bool | None = None) -> None:
         """everything: move also what is on the host already (a test's way to see it on a CPU)."""
-        self._policy = policy
+        self._policies = policies
         self._everything = bool(everything)
         self._host: dict[int, torch.Tensor] = {}
         self._away: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
@@ -35,7 +36,7 @@ class Offload:
         _synchronize()
         for storage, _ in self._away:
             storage.resize_(0)
-        for model in self._policy.wrapped:
+        for model in self._wrapped():
             model.offload_grad_buffers(synchronize=False, empty_cache=False)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -49,7 +50,7 @@ class Offload:
             storage.resize_(held.numel())
             _bytes(storage).copy_(held, non_blocking=True)
         self._away.clear()
-        for model in self._policy.wrapped:
+        for model in self._wrapped():
             model.restore_grad_buffers(synchronize=False)
         _synchronize()
 
@@ -62,10 +63,19 @@ class Offload:
                 seen.add(storage._cdata)
                 yield storage
 
+    def _wrapped(self) -> Iterator[Any]:
+        for policy in self._policies:
+            yield from policy.wrapped
+
     def _state(self) -> Iterator[torch.Tensor]:
-        for chunk in self._policy.chunks:
+        for policy in self._policies:
+            yield from self._state_of(policy)
+
+    @staticmethod
+    def _state_of(policy: Policy) -> Iterator[torch.Tensor]:
+        for chunk in policy.chunks:
             yield from (each.detach() for each in chunk.parameters())
-        whole = self._policy.optimizer
+        whole = policy.optimizer
         for optimizer in getattr(whole, "chained_optimizers", [whole]):
             inner = optimizer.optimizer
             for group in inner.param_groups:

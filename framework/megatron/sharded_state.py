@@ -75,6 +75,19 @@ def sharded_state(policy: Policy, *, is_loading: bool) -> ShardedState:
     return ShardedState({"model": model, "optimizer": optimizers}, commons, aliases)
 
 
+def critic_state(critic: Policy, *, is_loading: bool) -> ShardedState:
+    """The same of a critic, under names of its own: `critic.decoder.layers.7...`."""
+    state = sharded_state(critic, is_loading=is_loading)
+
+    def rename(entry: Any) -> Any:
+        if isinstance(entry, ShardedBase) and not entry.key.startswith("critic."):
+            entry.key = f"critic.{entry.key}"
+        return entry
+
+    dict_list_map_inplace(rename, state.tree)
+    return state
+
+
 def sharded_model(chunks: list[GPTModel]) -> dict[str, Any]:
     """Global name -> shard of everything that is stored of this rank's models."""
     metadata = _metadata()

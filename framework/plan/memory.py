@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from framework.config import RunConfig
+from framework.critic_checks import uses_critic
 from framework.gpus import GPUS, Gpu
 from framework.plan.activations import Activations
 from framework.plan.stages import Stage
@@ -82,6 +83,9 @@ def _states(estimate: Estimate, config: RunConfig, stage: Stage) -> None:
         stage.expert * per / expert_ranks,
         f"{stage.expert:,} x {per} B / {expert_ranks} ranks",
     )
+    if uses_critic(config):
+        held = sum(each for _, each, _ in estimate.lines)
+        estimate.add("critic", held, "as the policy's state; its head is smaller")
     if needs_reference(config):
         held = config.algorithm.reference_on
         where = "during its pass" if held == "host" else "always"

@@ -43,9 +43,11 @@ def open_weight_sync(
     policy: Policy,
     plan: ExportPlan,
     engines: Engines | None,
+    critic: Policy | None = None,
 ) -> WeightSync:
     """This rank's part of the way to the engines, as weight_sync.* says."""
     engine, sync = config.rollout.engine, config.weight_sync
+    models = [policy] if critic is None else [policy, critic]
     admits = not engine.urls and not engine.colocated  # else nobody starts them again
     context = PushContext(
         plan=plan,
@@ -68,7 +70,7 @@ def open_weight_sync(
         hf_config=policy.hf_config,
         engine_dtype=DTYPES[engine.dtype],
         engine_device=_engine_device(engine.device),
-        turns=Turns(engines, Offload(policy)) if engine.colocated else None,
+        turns=Turns(engines, Offload(*models)) if engine.colocated else None,
         roster=_roster(config, run_dir) if admits and rank == 0 else None,
         admits=admits,
     )

@@ -33,9 +33,12 @@ from framework.config import (
     ParallelConfig,
     RunConfig,
 )
+from framework.config_critic import CriticConfig
+from framework.critic import build_critic
+from framework.critic_checks import value_advantages
 from framework.megatron.model import Policy
 from framework.megatron.offload import Offload
-from framework.megatron.parallel import start_mesh, stop_mesh
+from framework.megatron.parallel import Mesh, start_mesh, stop_mesh
 from framework.train import build_models, trainer_class
 from framework.weight_sync.base import PushReport
 from megatron_bridge.conversion import to_megatron
@@ -160,7 +163,7 @@ def _sample(random: np.random.Generator, group_id: int, index: int, prompt: np.n
         rollout_logprobs=(-random.exponential(3, length) * mask).astype(np.float32),
         # Of several ages, each constant in its answer.
         versions=np.where(mask, max(0, group_id // GROUPS - index), -1).astype(np.int32),
-        turn_starts=np.zeros(1, dtype=np.int32),
+        turn_starts=np.arange(0, length, 7, dtype=np.int32),
         reward=float(length / 20 + random.random()),
     )
 
@@ -215,7 +218,7 @@ def _rank(root: Path, rank: int, world: int, cases: list[Case]) -> None:
             raise
 
 
-def objective(case: Case) -> dict[str, Any]:
+def objective(case: Case, hf_dir: Path) -> dict[str, Any]:
     """What of a RunConfig says by what the case is trained."""
     if case.objective in PREFERENCES:
         return {
@@ -224,7 +227,14 @@ def objective(case: Case) -> dict[str, Any]:
             "eval": EvalConfig(at_start=False, at_end=False),
         }
     fields = OBJECTIVES[case.objective]
-    return {"algorithm": AlgorithmConfig(updates_per_step=UPDATES_PER_STEP, **fields)}
+    found: dict[str, Any] = {
+        "algorithm": AlgorithmConfig(updates_per_step=UPDATES_PER_STEP, **fields)
+    }
+    if fields.get("advantage") in value_advantages():
+        # From a directory of its own: the policy's may be a Megatron checkpoint.
+        whiten = fields["advantage"] == "gae"  # else the loss of a token mean would be nearly 0
+        found["critic"] = CriticConfig(init_from=str(hf_dir), lr=1e-3, whiten=whiten)
+    return found
 
 
 class Recorder:
@@ -288,13 +298,14 @@ def train(root: Path, rank: int, case: Case) -> None:
         model=ModelConfig(hf_path=str(hf_dir), init_from=start),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
         memory=MemoryConfig(**case.memory),
-        **{"eval": EvalConfig(at_start=False, at_end=False), **objective(case)},
+        **{"eval": EvalConfig(at_start=False, at_end=False), **objective(case, hf_dir)},
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01, eps=EPS),
         batch=BatchConfig(max_tokens_per_microbatch=96),
         gate=GateConfig(enabled=False),
     )
     started = time.perf_counter()
     mesh = start_mesh(config.parallel, config.seed)
+    critic = build_critic(config, mesh, None)
     policy, reference = build_models(config, mesh, None)
     if case.planted:
         for parameter in policy.chunks[0].parameters():
@@ -312,9 +323,23 @@ def train(root: Path, rank: int, case: Case) -> None:
         sync=sync,
         logger=recorder,
         reference=reference,
+        **({} if critic is None else {"critic": critic}),
     ).train()
     if sync is not None:
         sync.trainers_turn()
+    weights = whole_weights(policy, mesh, config)
+    if critic is not None:
+        of_critic = whole_weights(critic.model, mesh, config)
+        weights |= {f"critic.{name}": tensor for name, tensor in of_critic.items()}
+    stop_mesh()
+    if rank == 0:
+        save_file(weights, _path(root, case).with_suffix(".safetensors"))
+        outcome = {"steps": recorder.steps, "time_s": time.perf_counter() - started}
+        _path(root, case).write_text(json.dumps(outcome))
+
+
+def whole_weights(policy: Policy, mesh: Mesh, config: RunConfig) -> dict[str, torch.Tensor]:
+    """Every Hugging Face tensor of a model, on rank 0."""
     policy.sync_parameters()
     plan = ExportPlan(
         hf_config=policy.hf_config,
@@ -325,12 +350,8 @@ def train(root: Path, rank: int, case: Case) -> None:
         bucket_bytes=BUCKET_BYTES,
     )
     weights = {}
-    with export_buckets(plan, policy.chunks, rank) as stream:
+    with export_buckets(plan, policy.chunks, mesh.rank) as stream:
         for bucket in stream:
             for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
                 weights[name] = tensor.clone()
-    stop_mesh()
-    if rank == 0:
-        save_file(weights, _path(root, case).with_suffix(".safetensors"))
-        outcome = {"steps": recorder.steps, "time_s": time.perf_counter() - started}
-        _path(root, case).write_text(json.dumps(outcome))
+    return weights

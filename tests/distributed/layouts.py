@@ -99,6 +99,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "cispo": {"loss": "cispo", "advantage": "group_centered", "entropy_coef": 0.01},
     "kl": {"loss": "policy_gradient", "kl_coef": 0.1, "kl_estimator": "unbiased"},
     "kl_refresh": {"kl_coef": 0.1, "kl_estimator": "k2", "reference_refresh_steps": 2},
+    "ppo": {
+        "advantage": "gae",
+        "advantage_args": {"gamma": 0.99, "lam": 0.95},
+        "aggregation": "sequence_mean",
+    },
+    "bi_level": {"advantage": "bi_level_gae", "advantage_args": {"lam": 0.9, "turn_gamma": 0.9}},
     "tis": {"correction": "token", "advantage": "leave_one_out", "loss_args": {"dual_clip": 3.0}},
 }
 """Fields of `algorithm`."""
