@@ -20,7 +20,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("experiment", ["calculator", "spell_backward", "frozen_lake"])
+@pytest.mark.parametrize(
+    "experiment", ["calculator", "calculator_ppo", "spell_backward", "frozen_lake"]
+)
 def test_an_experiment_reaches_its_targets(experiment: str, tmp_path: Path) -> None:
     run_dir = tmp_path / experiment
     done = drivetrain(f"experiment={experiment}", f"run_dir={run_dir}", timeout_s=3500)
