@@ -157,9 +157,6 @@ class Trainer:
                     self.runner.logprobs(microbatches)
         if gate:
             self.check_gate(updates)
-        if selection is not None:
-            for microbatches in updates:
-                select_tokens(microbatches, selection, self.mesh, batch.step)
         if self.reference is not None:
             with self.phases.measure("ref_logprobs"), self.reference.swapped_in():
                 for microbatches in updates:
@@ -168,6 +165,9 @@ class Trainer:
         if self.critic is not None:
             with self.phases.measure("values"):
                 valued = self.critic.prepare(updates, [info.reward for info in batch.samples])
+        if selection is not None:
+            for microbatches in updates:
+                select_tokens(microbatches, selection, self.mesh, batch.step)
         figures: list[dict[str, float]] = []
         for i, microbatches in enumerate(updates):
             lr = self.learning_rate(batch.step * len(updates) + i)
