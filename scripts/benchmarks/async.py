@@ -53,12 +53,13 @@ CLUSTER = Machine(
     num_engines=96,  # of 8 GPUs: 768 GPUs generate, 256 train
     token_s=0.02,
     token_per_sequence_s=0.00015,
+    max_sequences=128,
     step_s=5.0,
     step_per_token_s=1 / 1_000_000,
     push_s=3.0,
 )
-"""1,024 GPUs as assumed: 20 ms a token for one sequence of an engine and 35 ms at 100; a million
-trained tokens a second."""
+"""1,024 GPUs as assumed: 20 ms a token for one sequence of an engine and 35 ms at 100, of
+which no more than 128 fit; a million trained tokens a second."""
 
 
 def main() -> None:
@@ -199,6 +200,7 @@ def calibrate(run_dir: Path) -> Machine:
         num_engines=1,
         token_s=few - 4 * slope,
         token_per_sequence_s=slope,
+        max_sequences=config.max_running_requests,
         step_s=max(0.0, fit.intercept),
         step_per_token_s=max(0.0, fit.slope),
         push_s=statistics.mean(row["perf/weight_sync_s"] for row in rows),

@@ -10,6 +10,7 @@ import dataclasses
 import heapq
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ class Machine:
     token_s: float
     token_per_sequence_s: float
     """Of one engine."""
+    max_sequences: int
+    """That one engine decodes at a time, as its KV cache allows; others wait."""
     step_s: float
     step_per_token_s: float
     push_s: float
@@ -52,30 +55,37 @@ class _Engine:
         self._env, self._machine = env, machine
         self._clock = self._seen = self.busy_s = 0.0
         self._ends: list[tuple[float, int, simpy.Event]] = []
+        self._waiting: deque[tuple[int, simpy.Event]] = deque()
         self._tie = itertools.count()
         self._changed = env.event()
         env.process(self._run())
 
     @property
     def load(self) -> int:
-        """Sequences in it."""
-        return len(self._ends)
+        """Sequences in it, and before it."""
+        return len(self._ends) + len(self._waiting)
 
     def decode(self, num_tokens: int) -> simpy.Event:
         """An event: so many tokens have been made."""
         self._advance()
         done = self._env.event()
-        heapq.heappush(self._ends, (self._clock + num_tokens, next(self._tie), done))
+        self._waiting.append((num_tokens, done))
+        self._admit()
         if not self._changed.triggered:
             self._changed.succeed()
         return done
 
+    def _admit(self) -> None:
+        while self._waiting and len(self._ends) < self._machine.max_sequences:
+            num_tokens, done = self._waiting.popleft()
+            heapq.heappush(self._ends, (self._clock + num_tokens, next(self._tie), done))
+
     def _pace(self) -> float:
-        return self._machine.token_s + self._machine.token_per_sequence_s * self.load
+        return self._machine.token_s + self._machine.token_per_sequence_s * len(self._ends)
 
     def _advance(self) -> None:
         passed = self._env.now - self._seen
-        if self.load:
+        if self._ends:
             self._clock += passed / self._pace()
             self.busy_s += passed
         self._seen = self._env.now
@@ -91,6 +101,7 @@ class _Engine:
             self._advance()
             while self._ends and self._ends[0][0] <= self._clock + 1e-6:
                 heapq.heappop(self._ends)[2].succeed()
+            self._admit()
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,7 @@ def test_a_barrier_costs_its_longest_group_and_then_the_step(simulation: ModuleT
         num_engines=1,
         token_s=1.0,
         token_per_sequence_s=1.0,
+        max_sequences=9,
         step_s=5.0,
         step_per_token_s=0.1,
         push_s=1.0,
@@ -42,11 +43,33 @@ def test_a_barrier_costs_its_longest_group_and_then_the_step(simulation: ModuleT
     assert found.engine_busy == pytest.approx(70 / 80)
 
 
+def test_an_engine_that_is_full_lets_sequences_wait(simulation: ModuleType) -> None:
+    """One at a time: 10 and 30 tokens at (1 + 1) s."""
+    machine = simulation.Machine(
+        num_engines=1,
+        token_s=1.0,
+        token_per_sequence_s=1.0,
+        max_sequences=1,
+        step_s=0.0,
+        step_per_token_s=0.0,
+        push_s=0.0,
+    )
+    found = simulation.simulate(
+        machine,
+        lengths=lambda group: [10 if group % 2 else 30],
+        groups_per_step=2,
+        staleness=0,
+        num_steps=2,
+    )
+    assert found.tokens_per_s == pytest.approx(40 / 80)
+
+
 def test_staleness_hides_the_tail_and_keeps_its_bound(simulation: ModuleType) -> None:
     machine = simulation.Machine(
         num_engines=2,
         token_s=0.02,
         token_per_sequence_s=0.0005,
+        max_sequences=64,
         step_s=1.0,
         step_per_token_s=0.0,
         push_s=0.1,
