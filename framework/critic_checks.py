@@ -32,6 +32,8 @@ def critic_errors(config: RunConfig) -> Iterator[str]:
                     f"one of {', '.join(value_advantages())}"
                 )
         return
+    if config.parallel.fsdp:
+        yield f"parallel.fsdp=True: not with a critic (algorithm.advantage={name}); set it to false"
     for key in ("gamma", "lam", "turn_gamma"):
         value = config.algorithm.advantage_args.get(key, 0)
         if isinstance(value, int | float) and value > 1:

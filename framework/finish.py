@@ -33,7 +33,8 @@ def finish_run(config: RunConfig, seconds: float) -> str:
 
 def _notes(config: RunConfig, history: RunHistory) -> Iterator[str]:
     """What makes the outcome mean less than it seems to."""
-    if history.steps_done and not history.steps_with_signal:
+    compares = config.rollout.samples_per_prompt > 1
+    if compares and history.steps_done and not history.steps_with_signal:
         yield (
             "the samples of every group had equal rewards in all steps: there was nothing to learn "
             "from"
