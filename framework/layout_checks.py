@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from framework.config import ParallelConfig, RunConfig
-from framework.critic_checks import uses_critic
 from framework.model_shape import ModelShape
 from framework.preference_checks import needs_reference
 
@@ -128,8 +127,6 @@ def _fsdp(config: RunConfig) -> Iterator[str]:
         )
     if config.rollout.engine.colocated and config.stage == "rl":
         yield f"{key}: its buffers cannot leave the device; set rollout.engine.colocated=false"
-    if uses_critic(config):
-        yield f"{key}: algorithm.advantage={config.algorithm.advantage} has a critic; not proven so"
     if config.checkpoint.every_steps:
         yield (
             f"{key}: its optimizer's state cannot be stored yet; checkpoint.every_steps="
