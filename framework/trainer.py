@@ -170,7 +170,8 @@ class Trainer:
                 select_tokens(microbatches, selection, self.mesh, batch.step)
         figures: list[dict[str, float]] = []
         for i, microbatches in enumerate(updates):
-            lr = self.learning_rate(batch.step * len(updates) + i)
+            own_step = batch.step - self.config.critic.policy_starts_at_step
+            lr = self.learning_rate(own_step * len(updates) + i)
             with self.phases.measure("update"):
                 figures.append(self.runner.update(microbatches, self.objective, lr))
             if self.critic is not None:
@@ -260,10 +261,9 @@ class Trainer:
     def learning_rate(self, update: int) -> float:
         """Linear warm-up, then constant: a function of the update's number alone.
 
-        0 while only the critic learns (critic.policy_starts_at_step); the warm-up follows.
+        0 before the first one (0): while only the critic learns.
         """
         optimizer = self.config.optimizer
-        update -= self.config.critic.policy_starts_at_step * self.num_updates
         if update < 0:
             return 0.0
         return optimizer.lr * min(1.0, (update + 1) / max(1, optimizer.warmup_steps))

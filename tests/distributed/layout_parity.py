@@ -255,6 +255,10 @@ class WholeBetweenSteps:
         """Nobody to push to; the trainer has made the parameters whole for it."""
         return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
 
+    def ask(self, version: int, question: Callable[[], StepBatch]) -> StepBatch:
+        """As `WeightSync`; the journal answers every rank."""
+        return question()
+
     def trainers_turn(self) -> None:
         """As `WeightSync`."""
 
