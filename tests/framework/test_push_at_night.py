@@ -107,8 +107,10 @@ def push(
     world = Layout(**layout).world_size
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(world), str(RANKS), json.dumps(order)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = out.with_suffix(".log")
+    with log.open("wb") as file:  # no pipe: torch's keeper of shared memory would hold it open
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=1200)
+    assert done.returncode == 0, log.read_text()[-4000:]
     return json.loads(out.read_text())
 
 

@@ -24,7 +24,8 @@ def direct_cases(draw):
     fits = [
         tp
         for tp in (1, 2, 4)
-        if heads % tp == 0
+        if model.architecture.engine_rows
+        and heads % tp == 0
         and (kv_heads % tp == 0 or tp % kv_heads == 0)
         and not model.architecture.engine_limit(model.shape)
     ]
