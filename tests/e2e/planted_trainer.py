@@ -9,6 +9,7 @@ def main() -> None:
     """Plant, then train as usual."""
     from framework import train, weight_sync
     from framework.weight_sync import distributed
+    from rollout.source import BufferClient
 
     export = weight_sync.export_buckets
     current = []
@@ -40,6 +41,8 @@ def main() -> None:
             return broadcast if name == "broadcast" else getattr(dist, name)
 
     weight_sync.export_buckets, distributed.dist = remembering, Dist()
+    # Nobody serves batches in that test: the first push ends the run before it wants one.
+    setattr(BufferClient, "restore", lambda self, step, state: None)  # noqa: B010
     train.main()
 
 

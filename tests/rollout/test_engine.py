@@ -143,11 +143,22 @@ def test_rollout_only_twice_gives_the_same_samples(engine, tiny_model_dir, tmp_p
 
 
 def test_mode_eval_writes_one_line_that_does_not_change(engine, tiny_model_dir, tmp_path):
-    run_dir = make_run(tmp_path, engine, tiny_model_dir, mode="eval")
-    for _ in range(2):
-        result = run_rollout(run_dir)
-        assert result.returncode == 0, result.stderr
-    first, second = (json.loads(line) for line in run_dir.eval.read_text().splitlines())
+    # mode=eval is of version 0, and other tests have pushed later ones.
+    httpx.post(
+        f"{engine.url}/update_weight_version",
+        json={"new_version": "0", "abort_all_requests": False},
+        headers={"Authorization": f"Bearer {API_KEY}"},
+        timeout=30,
+    ).raise_for_status()
+    rows = []
+    for name in ("one", "two"):
+        run_dir = make_run(tmp_path / name, engine, tiny_model_dir, mode="eval")
+        for _ in range(2):  # a process that comes back finds the line there
+            result = run_rollout(run_dir)
+            assert result.returncode == 0, result.stderr
+        (row,) = (json.loads(line) for line in run_dir.eval.read_text().splitlines())
+        rows.append(row)
+    first, second = rows
     assert first["num_prompts"] == 20
     assert len(first["samples"]) == 8
     assert first.pop("time_s") != second.pop("time_s")
