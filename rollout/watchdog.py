@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 def dump_stacks_on_signal() -> None:
     """From now on SIGUSR1 writes the stacks of all threads to stderr; nothing else happens."""
     # The process's own stderr: what stands in for it in a test has no file descriptor.
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True, chain=False)
+    stderr = sys.__stderr__ or sys.stderr
+    faulthandler.register(signal.SIGUSR1, file=stderr, all_threads=True, chain=False)
 
 
 class Watchdog:
