@@ -11,7 +11,7 @@ from typing import Any
 from framework.config import RunConfig
 from framework.config_fields import nearest
 from framework.critic_checks import TABLE as VALUED
-from framework.critic_checks import uses_critic
+from framework.critic_checks import uses_critic, value_advantages
 from framework.preference_checks import COMPARING, needs_reference
 from framework.source_facts import row_knobs, table_keys
 
@@ -21,16 +21,14 @@ ROWS = {
     "loss": ("losses", "LOSSES", "loss"),
     "correction": ("corrections", "CORRECTIONS", "weights"),
 }
-ADVANTAGES_WITHOUT_GREEDY = (
-    *("group_normalized", "group_centered", "group_mean_batch_std", "leave_one_out"),
-    *("batch_normalized", "plain_reward", "component_normalized"),
-)
 LOSS_TABLES = {
     # stage: where its losses are
     "rl": ROWS["loss"],
     "preference": ("preference", "PREFERENCE_LOSSES", "loss"),
     "reward_model": ("reward", "REWARD_LOSSES", "loss"),
 }
+SIGNED = ("baseline", "covariance_low", "covariance_high", "weights")
+"""Knobs that may be negative."""
 GROUP_BASELINES = (
     *("group_normalized", "group_centered", "group_mean_batch_std", "leave_one_out"),
     "component_normalized",
@@ -76,7 +74,9 @@ def _needs(config: RunConfig) -> Iterator[str]:
             "rollout.greedy_baseline=False: algorithm.advantage=greedy_baseline compares with the "
             "greedy answer; set true"
         )
-    if greedy and algorithm.advantage in ADVANTAGES_WITHOUT_GREEDY:
+    ours = {*table_keys("framework", "algorithm/advantages/__init__.py", "ADVANTAGES")}
+    ours |= {*value_advantages()}
+    if greedy and algorithm.advantage in ours - {"greedy_baseline"}:
         yield (
             f"rollout.greedy_baseline=True: algorithm.advantage={algorithm.advantage} makes no use "
             "of the greedy answers; set false, or algorithm=remax"
@@ -169,16 +169,21 @@ def _arguments(key: str, values: Mapping[str, Any], knobs: Mapping[str, str]) ->
             yield f"{key}.{name}={value}: {problem}"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _problem(name: str, type_text: str, value: Any) -> str | None:
     if type_text.startswith("dict"):
-        return None if isinstance(value, Mapping) else "a mapping of names to numbers is wanted"
+        numbers = isinstance(value, Mapping) and all(_is_number(v) for v in value.values())
+        return None if numbers else "a mapping of names to finite numbers is wanted"
     if type_text == "bool":
         return None if isinstance(value, bool) else "bool wanted"
     if type_text in ("int", "float"):
         accepted = int if type_text == "int" else int | float
         if isinstance(value, bool) or not isinstance(value, accepted):
             return f"{type_text} wanted"
-        if not math.isfinite(value) or value < 0:
+        if not math.isfinite(value) or (value < 0 and name not in SIGNED):
             return "a finite number that is not negative is wanted"
         if name == "std_eps" and value == 0:
             return "must be greater than 0: a group of equal rewards has no spread to divide by"

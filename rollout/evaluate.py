@@ -81,7 +81,8 @@ class Evaluator:
         """What eval.jsonl ends with, where that is this version."""
         if not self._results.exists():
             return None
-        lines = self._results.read_bytes().splitlines()
+        data = self._results.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines()  # the last one may be torn
         last = json.loads(lines[-1]) if lines else {"version": -1}
         if last["version"] != version:
             return None

@@ -182,13 +182,13 @@ class BufferClient:
         return self._send(path, encode(message), timeout_s)
 
     def _send(self, path: str, body: bytes, timeout_s: float | None = None) -> httpx.Response:
-        """One request; a process that cannot be reached is tried again for reconnect_s.
+        """One request; a process that is lost is looked for and tried again for reconnect_s.
 
         Every request of ours may be repeated: asking twice gives the same answer, also of another
         process that has taken the place of the first.
         """
         timeout = httpx.Timeout(timeout_s or _LONG_POLL_MARGIN_S, connect=5.0)
-        deadline = time.monotonic() + self._reconnect_s
+        deadline: float | None = None
         while True:
             try:
                 reply = self._http.post(path, content=body, timeout=timeout)
@@ -198,6 +198,7 @@ class BufferClient:
                     f"{path}: no answer within {timeout.read:g} s: {self._describe_health()}"
                 ) from None
             except httpx.TransportError as error:
+                deadline = deadline or time.monotonic() + self._reconnect_s  # since it was lost
                 if time.monotonic() > deadline:
                     raise RolloutGone(
                         f"the rollout process at {self._url} is gone ({path}: {error}); "

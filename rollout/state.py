@@ -36,6 +36,11 @@ def write_start(rollouts: Path, state: ProducerState) -> None:
     write_atomic(rollouts / _START, encode(state))
 
 
+def drop_start(rollouts: Path) -> None:
+    """Forget where trainers told an earlier rollout process to begin."""
+    (rollouts / _START).unlink(missing_ok=True)
+
+
 def state_after(path: Path) -> ProducerState | None:
     """The state after the delivery of a journaled step; None: its entry holds none."""
     data = read_entry(path).state

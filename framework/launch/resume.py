@@ -10,6 +10,7 @@ from framework.compose import ConfigError, load_run_config
 from framework.config import RunConfig
 from rollout.journal import drop_steps, trim_lines
 from rollout.run_dir import RunDir
+from rollout.state import drop_start
 
 MAY_DIFFER = (
     *("name", "run_dir", "num_steps", "dry_run", "dry_run_rank", "parallel", "memory", "batch"),
@@ -79,6 +80,7 @@ def rewind(run_dir: RunDir) -> int:
     trim_lines(run_dir.metrics, "step", last)
     trim_lines(run_dir.eval, "version", last)
     drop_steps(run_dir.rollouts, done)
+    drop_start(run_dir.rollouts)  # trainers tell anew where they begin
     for path in run_dir.addresses.glob("*.json"):
         path.unlink()
     for path in sorted(run_dir.logs.glob("*.log")):

@@ -35,11 +35,13 @@ def select_tokens(
     scores = [
         _scores(batch, selection, logprobs / tokens, advantages / tokens, step) for batch in scored
     ]
-    mine = torch.cat([torch.empty(0), *(each.cpu() for each in scores)])
+    draws = [_uniform(batch, step) for batch in scored]
+    mine, drawn = (torch.cat([torch.empty(0), *(e.cpu() for e in x)]) for x in (scores, draws))
     count = max(1, int(selection.share * tokens))
-    threshold = kth_largest(mine, count, lambda counts: _over_ranks(counts, mesh))
-    for batch, each in zip(scored, scores, strict=True):
-        batch.selected = ((each >= threshold) & (each > -torch.inf)).float()
+    threshold, draw = cut_off(mine, drawn, count, lambda counts: _over_ranks(counts, mesh))
+    for batch, each, lot in zip(scored, scores, draws, strict=True):
+        chosen = (each > threshold) | ((each == threshold) & (lot >= draw))
+        batch.selected = (chosen & (each > -torch.inf)).float()
 
 
 def _over_ranks(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
@@ -49,17 +51,37 @@ def _over_ranks(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return values
 
 
+def cut_off(
+    scores: torch.Tensor,
+    draws: torch.Tensor,
+    count: int,
+    add_up: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[float, float]:
+    """(score, draw): the `count` largest scores are those above, and of equals those drawn so high.
+
+    Without the draw all tokens of an update in which every advantage is 0 would be selected.
+    """
+    threshold = kth_largest(scores, count, add_up)
+    above = int(add_up((scores > threshold).sum()[None].double()))
+    equals = torch.where(scores == threshold, draws, -torch.inf)
+    return threshold, kth_largest(equals, max(1, count - above), add_up)
+
+
+def _uniform(batch: Microbatch, step: int) -> torch.Tensor:
+    places = torch.tensor([*batch.samples, 0], device=batch.tokens.device)  # padding comes last
+    samples = places[batch.sequence_ids.clamp(max=len(batch.samples))]
+    return uniform_by_place(step, samples, batch.position_ids)
+
+
 def _scores(
     batch: Microbatch, selection: Selection, logprobs: float, advantages: float, step: int
 ) -> torch.Tensor:
     assert batch.old_logprobs is not None
-    places = torch.tensor([*batch.samples, 0], device=batch.tokens.device)  # padding comes last
-    samples = places[batch.sequence_ids.clamp(max=len(batch.samples))]
     found = selection.scores(
         SelectionInputs(
             old_logprobs=batch.old_logprobs,
             advantages=batch.advantages,
-            uniform=uniform_by_place(step, samples, batch.position_ids),
+            uniform=_uniform(batch, step),
             old_logprob_mean=logprobs,
             advantage_mean=advantages,
         )

@@ -93,6 +93,8 @@ class WeightSync:
                 report = self._push_once(version, self._engines)
             except WeightSyncError as error:
                 failure = error
+            if not self._admits:  # nobody starts engines again
+                break
             lost = failure is not None and attempt < _MAX_PUSHES and self._some_died()
             if not self._agree(lost):
                 break

@@ -9,9 +9,10 @@ import asyncio
 import inspect
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from rollout.agents.endpoint import AgentEndpoint, closing, task_message
 from rollout.agents.engine import AgentTask, PolicyEngine
@@ -112,10 +113,21 @@ class BlackBoxAgent:
 
     async def _execute(self, session: Session) -> None:
         """One process: the task as JSON on its stdin, address and key in its environment."""
+        # A file and no pipe: a daemon that it leaves behind would hold a pipe open.
+        with tempfile.TemporaryFile() as output:
+            status = await self._run(session, output)
+            if status:
+                output.seek(max(0, output.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                said = output.read().decode(errors="replace").strip()
+                last = (said.splitlines() or ["it said nothing"])[-1]
+                raise AgentFailure(f"the agent ended with status {status}: {last[-300:]}")
+
+    async def _run(self, session: Session, output: IO[bytes]) -> int:
+        """Its exit status; nothing of its process tree is left."""
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=output,
             stderr=asyncio.subprocess.STDOUT,
             env={
                 **os.environ,
@@ -127,27 +139,13 @@ class BlackBoxAgent:
             preexec_fn=die_with_parent,
         )
         assert process.stdin is not None
-        assert process.stdout is not None
-        tail = asyncio.create_task(_tail(process.stdout))
         try:
             process.stdin.write(json.dumps(await task_message(session.task)).encode())
             process.stdin.close()
-            status = await process.wait()
+            return await process.wait()
         finally:
             kill_tree(process.pid)  # whatever it started, and itself where time ran out
             await process.wait()
-            said = await tail
-        if status:
-            last = (said.strip().splitlines() or ["it said nothing"])[-1]
-            raise AgentFailure(f"the agent ended with status {status}: {last[-300:]}")
-
-
-async def _tail(stream: asyncio.StreamReader) -> str:
-    """The end of what a process says; all of it is read, so that it never waits for us."""
-    kept = b""
-    while data := await stream.read(65536):
-        kept = (kept + data)[-_TAIL_BYTES:]
-    return kept.decode(errors="replace")
 
 
 async def environment_reward(environment: Environment, replies: list[str]) -> float:

@@ -42,12 +42,21 @@ class AgentEndpoint:
     """The sessions and their HTTP interface. Use as an async context manager: it serves inside."""
 
     def __init__(
-        self, *, token: str, host: str, port: int, max_body_bytes: int, override_sampling: bool
+        self,
+        *,
+        token: str,
+        host: str,
+        port: int,
+        max_body_bytes: int,
+        sampling: SamplingConfig,
+        override_sampling: bool,
     ) -> None:
+        """sampling: the run's, which requests may name; a session may have another (evaluation)."""
         self._token = token
         self._host = host
         self._port = port
         self._max_body_bytes = max_body_bytes
+        self._sampling = sampling
         self._override_sampling = override_sampling
         self._sessions: dict[str, Session] = {}
         self._url = ""
@@ -130,7 +139,7 @@ class AgentEndpoint:
 
     async def _chat(self, request: Request, session: Session) -> Response:
         body = await read_body(request, self._max_body_bytes)
-        wanted = parse_request(body, session.sampling, override=self._override_sampling)
+        wanted = parse_request(body, self._sampling, override=self._override_sampling)
         repeated = request.headers.get("x-stainless-retry-count", "0") != "0"
         answer = asyncio.create_task(session.complete(wanted, repeated=repeated))
         if not wanted.stream:

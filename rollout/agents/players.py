@@ -36,6 +36,7 @@ async def player(
         host=rollout.host,
         port=rollout.agent_port,
         max_body_bytes=rollout.max_body_bytes,
+        sampling=rollout.sampling,
         override_sampling=data.agent.override_sampling,
     )
     async with endpoint:

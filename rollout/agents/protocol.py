@@ -194,7 +194,8 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         function = call["function"]
         name, arguments = function["name"], function["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (TypeError, KeyError, ValueError) as error:
+        msgspec.json.encode(arguments)  # half of a surrogate pair is no text
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         reason = f"{where}.tool_calls: function.name and function.arguments, a JSON text: {error}"
         raise Refused(400, reason, param="messages") from None
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -218,6 +219,7 @@ def parse_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
         try:
             call = json.loads(each)
             name, arguments = call["name"], call.get("arguments", {})
+            msgspec.json.encode(call)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return text, []
         if not isinstance(name, str) or not isinstance(arguments, dict):

@@ -30,6 +30,8 @@ class _Segment:
     transcript: Transcript
     messages: list[dict[str, Any]] = field(default_factory=list)
     """All that its tokens say, normalised."""
+    said: list[str] = field(default_factory=list)
+    """The policy's own turns, as it sampled them."""
     tools: list[dict[str, Any]]
     ended: bool = True
     """The last reply carries its end token."""
@@ -52,6 +54,8 @@ class Session:
         self._segments: list[_Segment] = []
         self._num_turns = 0
         self._answers: dict[bytes, asyncio.Task[Completion]] = {}
+        """The newest for each request."""
+        self._turns: set[asyncio.Task[Completion]] = set()
 
     async def complete(self, request: ChatRequest, *, repeated: bool) -> Completion:
         """The policy's next turn.
@@ -68,6 +72,8 @@ class Session:
             # A task of its own: a client that goes away may come back for what was sampled.
             answer = asyncio.create_task(self._turn(request))
             self._answers[key] = answer
+            self._turns.add(answer)
+            answer.add_done_callback(self._turns.discard)
         return await asyncio.shield(answer)
 
     async def _turn(self, request: ChatRequest) -> Completion:
@@ -123,6 +129,7 @@ class Session:
             number=self._num_turns,
         )
         segment.messages = [*request.messages, completion.message()]
+        segment.said.append(text)
         return completion
 
     def _continued(self, request: ChatRequest) -> tuple[_Segment | None, list[int]]:
@@ -163,16 +170,12 @@ class Session:
 
     def close(self) -> None:
         """No further answers."""
-        for answer in self._answers.values():
+        for answer in self._turns:
             answer.cancel()
 
     def replies(self) -> list[str]:
         """What the policy said, turn by turn, in the first segment that has turns."""
-        for segment in self._segments:
-            said = [m["content"] for m in segment.messages if m["role"] == "assistant"]
-            if said:
-                return said
-        return []
+        return next((segment.said for segment in self._segments if segment.said), [])
 
     def samples(self, reward: float) -> list[Sample]:
         """The segments in which something was sampled, each as a sample with this reward."""

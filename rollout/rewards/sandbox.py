@@ -74,7 +74,7 @@ async def run_sandboxed(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            exit_code = await process.wait()
+            exit_code = await _end(process)
             status = os.read(reading, 4096).decode(errors="replace")
             os.close(reading)
     if status != "ready" and not ended_for:
@@ -142,3 +142,12 @@ async def _talk(
             return "output"
     await process.wait()
     return ""
+
+
+async def _end(process: asyncio.subprocess.Process) -> int:
+    """The exit status of a process that was killed, and of which nobody has read the rest: asyncio
+    does not see an end before its pipe is empty, and does not empty one that is full."""
+    assert process.stdout is not None
+    while await process.stdout.read(1 << 16):
+        pass
+    return await process.wait()

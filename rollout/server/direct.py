@@ -40,7 +40,11 @@ class _Member:
         )
 
     def receive(self, model: Any) -> None:
-        """Every round: all its messages at once, then each part to its place."""
+        """Every round: all its messages at once, then each part to its place.
+
+        All of them are taken, whatever is wrong with one: else senders would wait for nobody.
+        """
+        wrong: Exception | None = None
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
         for each in self.rounds:
@@ -53,7 +57,12 @@ class _Member:
             for work, message, parts in arriving:
                 assert work is not None
                 work.wait()
-                _place(message, parts, parameters)
+                try:
+                    _place(message, parts, parameters)
+                except (RuntimeError, KeyError, ValueError, IndexError) as error:
+                    wrong = wrong or error
+        if wrong is not None:
+            raise wrong
 
     def tell(self, well: bool, device: torch.device) -> None:
         """One byte to trainer rank 0: 1, all came; 0, it did not."""

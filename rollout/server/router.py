@@ -97,11 +97,13 @@ class RouterProcess(ServerProcess):
         with httpx.Client(
             base_url=self.url, headers=headers, timeout=_CALL_TIMEOUT_S, trust_env=False
         ) as router:
-            body = {"url": new, "api_key": self.api_key}
-            router.post("/workers", json=body).raise_for_status()
-            for worker in router.get("/workers").raise_for_status().json()["workers"]:
-                if worker["url"].rstrip("/") == old.rstrip("/"):
-                    router.delete(f"/workers/{worker['id']}").raise_for_status()
+            workers = router.get("/workers").raise_for_status().json()["workers"]
+            known = {worker["url"].rstrip("/"): worker["id"] for worker in workers}
+            if new.rstrip("/") not in known:  # an earlier try may have got that far
+                body = {"url": new, "api_key": self.api_key}
+                router.post("/workers", json=body).raise_for_status()
+            if old.rstrip("/") in known:
+                router.delete(f"/workers/{known[old.rstrip('/')]}").raise_for_status()
         self.engine_urls = [new if url == old else url for url in self.engine_urls]
 
 

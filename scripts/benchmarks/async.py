@@ -156,8 +156,10 @@ def audit(run_dir: Path, staleness: int, steps: int) -> None:
 
 def same_bits(asynchronous: Path, turns: Path, steps: int) -> None:
     """The first steps' samples, and the figures of training, are the same in both."""
-    pairs = zip(list_steps(asynchronous / "rollouts"), list_steps(turns / "rollouts"), strict=False)
-    for ours, theirs in pairs:
+    journals = [list_steps(each / "rollouts")[:steps] for each in (asynchronous, turns)]
+    if any(len(journal) != steps for journal in journals):
+        sys.exit(f"{turns}: {steps} steps are wanted in the journal of both")
+    for ours, theirs in zip(*journals, strict=True):
         for a, b in zip(read_step(ours)[1], read_step(theirs)[1], strict=True):
             for name in ("tokens", "rollout_logprobs", "versions", "loss_mask"):
                 if getattr(a, name).tobytes() != getattr(b, name).tobytes():

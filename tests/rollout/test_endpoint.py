@@ -1,8 +1,10 @@
 """Black-box agents at the OpenAI-compatible endpoint, with OpenAI's own client."""
 
 import asyncio
+import dataclasses
 import string
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from rollout.rewards import REWARDS
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
 from tests.conftest import API_KEY
+from tests.rollout.agent_client import solve
 from tests.rollout.fakes import EchoEnvironment, ScriptedClient
 
 TOKEN = "the-run"
@@ -59,7 +62,12 @@ class Talk:
 
 def new_endpoint() -> AgentEndpoint:
     return AgentEndpoint(
-        token=TOKEN, host="127.0.0.1", port=0, max_body_bytes=5000, override_sampling=False
+        token=TOKEN,
+        host="127.0.0.1",
+        port=0,
+        max_body_bytes=5000,
+        sampling=SamplingConfig(),
+        override_sampling=False,
     )
 
 
@@ -322,6 +330,50 @@ def test_agents_that_fail_cost_their_episode_and_leave_nothing_behind(chat, tmp_
         assert said in sample.metadata["error"]
     pid = int(pid_file.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_daemon_that_holds_the_output_open_does_not_hold_the_episode(chat, tmp_path):
+    pid_file = tmp_path / "pid"
+    daemon = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        f"        open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n"
+        "        time.sleep(600)\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        f"while not os.path.exists({str(pid_file)!r}): time.sleep(0.01)\n"
+    )
+    start = time.monotonic()
+    config = AgentConfig(command=[sys.executable, "-c", daemon])
+    (sample,) = play(ScriptedClient(chat, calculates), chat, config, episode_timeout_s=100.0)
+    assert time.monotonic() - start < 50
+    assert "without asking the policy" in sample.metadata["error"]
+    if psutil.pid_exists(pid := int(pid_file.read_text())):
+        psutil.Process(pid).kill()
+
+
+def test_the_environment_judges_what_the_policy_said_and_not_an_example(chat):
+    """The agent's prompt holds a worked example, whose answer is not the policy's."""
+    (sample,) = play(
+        ScriptedClient(chat, lambda text: calculates(text.rpartition(f"{EXAMPLE_ENDS}<eos>")[2])),
+        chat,
+        AgentConfig(function="tests.rollout.test_endpoint.with_example"),
+    )
+    assert (sample.status, sample.reward) == (Status.STOPPED, 1.0)
+
+
+EXAMPLE_ENDS = ":000"
+
+
+async def with_example(call: AgentCall) -> None:
+    """As `solve`, after an example."""
+    example = [
+        {"role": "user", "content": "1*1+1"},
+        {"role": "assistant", "content": EXAMPLE_ENDS},
+    ]
+    await solve(dataclasses.replace(call, messages=[*example, *call.messages]))
 
 
 class Recording(EngineClient):

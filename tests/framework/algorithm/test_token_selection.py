@@ -11,7 +11,7 @@ from test_losses import evaluate, log, loss_inputs
 
 from framework.algorithm.inputs import SelectionInputs
 from framework.algorithm.losses import LOSSES
-from framework.megatron.selection import kth_largest, uniform_by_place
+from framework.megatron.selection import cut_off, kth_largest, uniform_by_place
 
 
 def candidates(uniform=(0.1, 0.2, 0.3, 0.4)):
@@ -77,6 +77,19 @@ def test_kth_largest_is_that_of_the_sorted_list(values, k):
         assert found == finite[k - 1]
     else:  # every candidate is at least that
         assert all(value >= found for value in finite)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(st.integers(0, 2), min_size=1, max_size=30), k=st.integers(1, 30))
+def test_of_equal_scores_as_many_are_drawn_as_are_wanted(values, k):
+    scores = torch.tensor(values).float()
+    draws = uniform_by_place(
+        0, torch.zeros(len(values), dtype=torch.long), torch.arange(len(values))
+    )
+    score, draw = cut_off(scores, draws, k, lambda counts: counts)
+    chosen = (scores > score) | ((scores == score) & (draws >= draw))
+    assert int(chosen.sum()) == min(k, len(values))
+    assert chosen.all() or scores[chosen].min() >= scores[~chosen].max()
 
 
 def test_random_numbers_belong_to_the_token():
