@@ -103,7 +103,8 @@ class DirectPlan:
 
     @cached_property
     def rounds(self) -> tuple[Round, ...]:
-        """In the order of the layers; a round brings no receiver more than about bucket_bytes."""
+        """In the order of the layers; no rank sends or receives more than about bucket_bytes in one
+        round."""
         dtype, kept = self.export.dtype, float32_names(self.export.model)
         if dtype is torch.float32:
             kept = set()
@@ -118,15 +119,17 @@ class DirectPlan:
         is cut between its transfers."""
         limit = self.export.bucket_bytes // dtype.itemsize
         held: list[Transfer] = []
-        filled: dict[int, int] = {}
+        filled: dict[tuple[str, int], int] = {}
         for block in blocks:
             for each in block:
-                size = filled.get(each.receiver, 0) + each.numel
-                if held and size > limit:
+                ends = (("from", each.sender), ("to", each.receiver))
+                most = max(filled.get(end, 0) for end in ends) + each.numel
+                if held and most > limit:
                     yield Round(tuple(held), dtype)
-                    held, filled, size = [], {}, each.numel
+                    held, filled = [], {}
                 held.append(each)
-                filled[each.receiver] = size
+                for end in ends:
+                    filled[end] = filled.get(end, 0) + each.numel
         if held:
             yield Round(tuple(held), dtype)
 

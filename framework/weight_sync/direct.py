@@ -59,9 +59,9 @@ class DirectPush(Transport):
         self._share(order)
         failure: RuntimeError | None = None
         try:
+            engines.begin_session()
             if store is not None:
                 self._join(order, store, engines)
-            engines.begin_session()
             body = {"weight_version": str(version), "flush_cache": self.context.flush_cache}
             replies = engines.start(
                 "/update_weights_from_tensor",

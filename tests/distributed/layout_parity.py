@@ -266,16 +266,17 @@ class WholeBetweenSteps:
 class OffloadBetweenSteps:
     """In place of the weight sync where engines share our devices."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._offload = Offload(policy, everything=True)
+    def __init__(self, *models: Policy) -> None:
+        self._models = models
+        self._offload = Offload(*models, everything=True)
 
     def push(self, version: int) -> PushReport:
         """Nothing to push to: only what follows it."""
         self._offload.away()
-        state = [parameter for chunk in self._policy.chunks for parameter in chunk.parameters()]
+        chunks = [chunk for model in self._models for chunk in model.chunks]
+        state = [parameter for chunk in chunks for parameter in chunk.parameters()]
         assert not sum(parameter.untyped_storage().nbytes() for parameter in state)
-        wrapped: list[Any] = list(self._policy.wrapped)
+        wrapped: list[Any] = [each for model in self._models for each in model.wrapped]
         for buffer in (each for model in wrapped for each in model.buffers):
             assert not buffer.grad_data.untyped_storage().nbytes()
         return PushReport(size_bytes=0, time_s=0.0, verify_s=0.0)
@@ -316,7 +317,8 @@ def train(root: Path, rank: int, case: Case) -> None:
             setattr(parameter, "sequence_parallel", False)  # noqa: B010
     recorder: Any = Recorder() if rank == 0 else None
     source = JournalSource(root / "rollouts")
-    sync: Any = OffloadBetweenSteps(policy) if case.offload else None
+    models = [policy] if critic is None else [policy, critic.model]
+    sync: Any = OffloadBetweenSteps(*models) if case.offload else None
     if config.parallel.fsdp:
         sync = WholeBetweenSteps()
     trainer_class(config)(

@@ -262,6 +262,7 @@ CASES = [
     Case("qwen3", {"cp": 2}, memory={"logits_chunk_tokens": 7}),
     Case("moe", {"dp": 2, "ep": 2, OPT: True}, ci=True, offload=True),
     Case("qwen3_tied", {"pp": 2}, offload=True),
+    Case("qwen3", {"dp": 2, OPT: True}, objective="ppo", offload=True),
     Case("qwen3_tied", {}, memory=PARTS),
     Case("llama", {}, memory={**FULL, "recompute_layers": 3}),
     Case("qwen3_tied", {"tp": 2, SP: True, "pp": 2, "vpp": 2}, memory=FULL),

@@ -40,12 +40,17 @@ BROKEN = [
     (["algorithm=kl_cov", "algorithm.loss_args.share=2"], "share=2: a share is at most 1"),
     (
         ["algorithm=gdpo", "+algorithm.advantage_args.weights=3"],
-        "algorithm.advantage_args.weights=3: a mapping of names to numbers",
+        "algorithm.advantage_args.weights=3: a mapping of names to finite numbers",
     ),
     (["algorithm.loss=negative_log_likelihood"], "ignores every reward"),
     (["algorithm.aggregation=mean"], "algorithm.aggregation=mean"),
     (["critic.lr=0.1"], "critic.lr=0.1: algorithm.advantage=group_normalized has no critic; set"),
     (["algorithm=ppo", "parallel.fsdp=true"], "parallel.fsdp=True: not with a critic"),
+    (["algorithm=ppo", "rollout.greedy_baseline=true"], "rollout.greedy_baseline=True"),
+    (
+        ["algorithm=gdpo", "+algorithm.advantage_args.weights={match: x}"],
+        "a mapping of names to finite numbers",
+    ),
     (["algorithm=ppo", "critic.value_clip=-1"], "critic.value_clip=-1"),
     (["algorithm=ppo", "critic.policy_starts_at_step=200"], "the policy would never learn"),
     (["algorithm=ppo", "algorithm.advantage_args.lam=1.5"], "lam=1.5: must be in [0, 1]"),
