@@ -84,8 +84,6 @@ class _Holder(NamedTuple):
 class _Cut(NamedTuple):
     """A part of an engine rank's parameter, and everybody in a stage who holds it."""
 
-    name: str
-    """Hugging Face tensor, a template in layers."""
     engine_rank: int
     target: Part
     holders: tuple[_Holder, ...]
@@ -105,46 +103,38 @@ class DirectPlan:
     def rounds(self) -> tuple[Round, ...]:
         """In the order of the layers; no rank sends or receives more than about bucket_bytes in one
         round."""
-        dtype, kept = self.export.dtype, float32_names(self.export.model)
-        if dtype is torch.float32:
-            kept = set()
-        cast, rest = [], []
-        for block in self._blocks():
-            cast.append([each for name, each in block if name not in kept])
-            rest.append([each for name, each in block if name in kept])
-        return (*self._fill(cast, dtype), *self._fill(rest, torch.float32))
+        return tuple(self._fill())
 
-    def _fill(self, blocks: list[list[Transfer]], dtype: torch.dtype) -> Iterator[Round]:
-        """Whole blocks (a layer, the embedding, ...) into rounds; one that is too large by itself
-        is cut between its transfers."""
+    def _fill(self) -> Iterator[Round]:
+        dtype = self.export.dtype
         limit = self.export.bucket_bytes // dtype.itemsize
         held: list[Transfer] = []
         filled: dict[tuple[str, int], int] = {}
-        for block in blocks:
-            for each in block:
-                ends = (("from", each.sender), ("to", each.receiver))
-                most = max(filled.get(end, 0) for end in ends) + each.numel
-                if held and most > limit:
-                    yield Round(tuple(held), dtype)
-                    held, filled = [], {}
-                held.append(each)
-                for end in ends:
-                    filled[end] = filled.get(end, 0) + each.numel
+        for each in self._transfers():
+            ends = (("from", each.sender), ("to", each.receiver))
+            most = max(filled.get(end, 0) for end in ends) + each.numel
+            if held and most > limit:
+                yield Round(tuple(held), dtype)
+                held, filled = [], {}
+            held.append(each)
+            for end in ends:
+                filled[end] = filled.get(end, 0) + each.numel
         if held:
             yield Round(tuple(held), dtype)
 
-    def _blocks(self) -> Iterator[list[tuple[str, Transfer]]]:
-        """Per section or layer: Hugging Face name and transfer."""
+    def _transfers(self) -> Iterator[Transfer]:
+        """Embedding, layers, output. Engines whose tables are known hold one type alone."""
+        assert not float32_names(self.export.model)
         model, layout = self.export.model, self.export.layout
         load: dict[int, int] = {}
         last = layout.pp - 1
         ends = {Section.FINAL} if model.shape.tied else {Section.FINAL, Section.OUTPUT}
         kinds = {kind: self._cuts(kind) for kind in model.shape.layer_kinds}
-        yield self._place(self._cuts({Section.EMBEDDING}), 0, 0, load)
+        yield from self._place(self._cuts({Section.EMBEDDING}), 0, 0, load)
         for pp, chunk, local, layer in _layers(layout, model.shape.num_layers):
             cuts = kinds[model.shape.layer_sections(layer)]
-            yield self._place(cuts, pp, chunk, load, (local, layer))
-        yield self._place(self._cuts(ends), last, layout.vpp - 1, load)
+            yield from self._place(cuts, pp, chunk, load, (local, layer))
+        yield from self._place(self._cuts(ends), last, layout.vpp - 1, load)
 
     def _place(
         self,
@@ -153,16 +143,14 @@ class DirectPlan:
         chunk: int,
         load: dict[int, int],
         layer: tuple[int, int] | None = None,
-    ) -> list[tuple[str, Transfer]]:
+    ) -> Iterator[Transfer]:
         """The cuts of a template as they are in one chunk of one stage, each with its sender."""
         first = self.export.layout.rank(pp=pp)
         prefix = f"decoder.layers.{layer[0]}." if layer is not None else ""
-        found = []
         for engine in range(self.num_engines):
             for cut in cuts:
-                name, target = cut.name, cut.target
+                target = cut.target
                 if layer is not None:
-                    name = layer_name(name, layer[1])
                     target = target._replace(parameter=layer_name(target.parameter, layer[1]))
                 holder, rank = min(
                     ((h, r) for h in cut.holders for r in h.ranks),
@@ -172,8 +160,7 @@ class DirectPlan:
                 load[first + rank] = load.get(first + rank, 0) + numel
                 source = holder.part._replace(parameter=prefix + holder.part.parameter)
                 receiver = engine * self.engine_tp + cut.engine_rank
-                found.append((name, Transfer(first + rank, chunk, source, receiver, target, numel)))
-        return found
+                yield Transfer(first + rank, chunk, source, receiver, target, numel)
 
     def _cuts(self, sections: Set[Section]) -> list[_Cut]:
         """Intersections of both sides' boxes in some sections (a tensor may be in another one of
@@ -246,7 +233,6 @@ def _intersection(box: Box, start: Index, size: Index) -> tuple[Index, Index] | 
 
 def _cut(rank: int, parameter: str, box: Box, common: tuple[Index, Index], held: list) -> _Cut:
     return _Cut(
-        box.name,
         rank,
         _part(parameter, box, common),
         tuple(_Holder(ranks, _part(name, source, common)) for ranks, name, source in held),

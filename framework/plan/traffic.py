@@ -153,7 +153,8 @@ def push_line(config: RunConfig, weights_bytes: float) -> str:
     seconds = weights_bytes / gpu.network_bytes_per_s
     if transport == "direct":
         engine, senders = config.rollout.engine, config.parallel.world_size
-        share = max(engine.num_engines / senders, 1 / engine.tp)
+        # Rounds follow the layers: one pipeline stage sends at a time.
+        share = max(engine.num_engines * config.parallel.pp / senders, 1 / engine.tp)
         return (
             f"{text} to each engine, {seconds * share:.2g} s at least: {senders} ranks send, each "
             f"engine's {engine.tp} receive, at {gpu.network_bytes_per_s / 1e9:.0f} GB/s a rank"
