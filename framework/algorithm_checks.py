@@ -10,7 +10,6 @@ from typing import Any
 
 from framework.advantage_tables import (
     METADATA,
-    TOKENS,
     advantage_names,
     advantage_table,
     flagged_advantages,
@@ -20,6 +19,7 @@ from framework.config_fields import nearest
 from framework.critic_checks import reward_kl_errors
 from framework.preference_checks import COMPARING, needs_reference
 from framework.source_facts import row_knobs, table_keys
+from framework.teacher_checks import teacher_errors, teacher_top_errors
 
 ROWS = {
     # key: (folder and table, the function's name)
@@ -73,7 +73,8 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
 def _needs(config: RunConfig) -> Iterator[str]:
     """What a row asks of the rollout, or of the policy that ratios are taken against."""
     algorithm, greedy = config.algorithm, config.rollout.greedy_baseline
-    yield from _teacher(config)
+    yield from teacher_errors(config)
+    yield from teacher_top_errors(config)
     if algorithm.advantage == "greedy_baseline" and not greedy:
         yield (
             "rollout.greedy_baseline=False: algorithm.advantage=greedy_baseline compares with the "
@@ -102,28 +103,6 @@ def _tables(config: RunConfig) -> dict[str, tuple[str, str, str]]:
     if config.stage in COMPARING:
         return {"loss": LOSS_TABLES[config.stage]}
     return {**ROWS, "advantage": advantage_table(config.algorithm.advantage) or METADATA}
-
-
-def _teacher(config: RunConfig) -> Iterator[str]:
-    """Whether the teacher that an advantage compares with is there, and used."""
-    teacher, advantage = config.rollout.teacher, config.algorithm.advantage
-    needed = advantage_table(advantage) == TOKENS
-    if needed and not teacher and config.mode != "train_only":
-        yield (
-            f"rollout.teacher: algorithm.advantage={advantage} compares with one; name a model of "
-            "rollout.side_models"
-        )
-    if teacher and not needed and "." not in advantage:
-        yield (
-            f"rollout.teacher={teacher}: algorithm.advantage={advantage} does not ask it; leave it "
-            "empty, or algorithm=on_policy_distillation"
-        )
-    temperature = config.rollout.sampling.temperature
-    if needed and temperature != 1.0:
-        yield (
-            f"rollout.sampling.temperature={temperature}: a teacher's log-probs are those at 1, so "
-            f"algorithm.advantage={advantage} needs 1.0"
-        )
 
 
 def _other_stage(config: RunConfig, kind: str, name: str) -> str:
@@ -219,7 +198,7 @@ def _problem(name: str, type_text: str, value: Any) -> str | None:
             return "must be greater than 0: a group of equal rewards has no spread to divide by"
         if name in ("beta", "share") and value == 0:
             return "must be greater than 0"
-        if name == "share" and value > 1:
+        if name in ("share", "teacher_share") and value > 1:
             return "a share is at most 1"
         if name == "label_smoothing" and value >= 0.5:
             return "must be below 0.5: a label that is as likely wrong as right says nothing"

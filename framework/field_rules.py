@@ -107,6 +107,7 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "rollout.max_staleness_steps",
     "rollout.oversample",
+    "rollout.teacher_top_k",
     "rollout.engine.max_retries",
     "rollout.agent_port",
     "rollout.port",

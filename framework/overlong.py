@@ -51,6 +51,10 @@ def shorten_sample(sample: Sample, response_length: int) -> Sample:
         teacher_logprobs=(
             None if sample.teacher_logprobs is None else sample.teacher_logprobs[:end]
         ),
+        teacher_top_ids=None if sample.teacher_top_ids is None else sample.teacher_top_ids[:end],
+        teacher_top_logprobs=(
+            None if sample.teacher_top_logprobs is None else sample.teacher_top_logprobs[:end]
+        ),
         turn_starts=sample.turn_starts[:turns],
         turn_states=sample.turn_states[:turns],
         turn_rewards=sample.turn_rewards[:turns],

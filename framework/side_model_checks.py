@@ -8,6 +8,7 @@ from pathlib import Path
 from framework.config import RunConfig
 from framework.mixture_checks import as_run, named_domains, named_sets, relabel
 from framework.model_shape import read_hf_config
+from framework.tiny_model import tiny_vocabulary
 from megatron_bridge.models.score_head import has_score_head
 from rollout.rewards.weighted import read_terms
 from rollout.server.arguments import check_names, serves_architecture
@@ -111,12 +112,14 @@ def _wrong_side_model(
     if model.kind != kind:
         yield f"{key}={name}: is of kind={model.kind}; kind={kind} is wanted"
     policy = config.model.hf_path
-    if takes_token_ids and model.model_path and policy:
-        theirs, ours = _vocabulary(model.model_path), _vocabulary(policy)
+    if takes_token_ids and model.model_path:
+        theirs = _vocabulary(model.model_path)
+        ours = _vocabulary(policy) if policy else tiny_vocabulary()
         if theirs is not None and ours is not None and theirs != ours:
+            whose = f"model.hf_path={policy}" if policy else "model.tiny"
             yield (
                 f"rollout.side_models.{name}.model_path={model.model_path}: its tokenizer is not "
-                f"that of model.hf_path={policy}, whose token ids it would be given"
+                f"that of {whose}, whose token ids it would be given"
             )
 
 

@@ -77,13 +77,17 @@ def create_tiny_model(config: TinyModelConfig, path: str | Path) -> None:
     stamp.write_text(json.dumps({"config_sha256": wanted}))
 
 
+def tiny_vocabulary() -> dict[str, int]:
+    """Token -> id."""
+    return {token: i for i, token in enumerate((*SPECIAL, *CHARACTERS))}
+
+
 def _tokenizer():
     """One token a character; characters outside the alphabet become <pad>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {token: i for i, token in enumerate((*SPECIAL, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer = Tokenizer(models.WordLevel(tiny_vocabulary(), unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(

@@ -264,6 +264,7 @@ class Trainer:
                 self.mesh,
                 parallel.sequence_parallel,
                 batch.step,
+                self.objective.teacher_top_k,
             )
             for indices in mine
         ]

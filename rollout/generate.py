@@ -294,10 +294,14 @@ def failed_sample(sample: Sample, reason: str) -> Sample:
         loss_mask=np.zeros_like(sample.loss_mask),
         rollout_logprobs=np.zeros_like(sample.rollout_logprobs),
         versions=np.full_like(sample.versions, -1),
-        teacher_logprobs=(
-            None if sample.teacher_logprobs is None else np.zeros_like(sample.teacher_logprobs)
-        ),
+        teacher_logprobs=_zeros(sample.teacher_logprobs),
+        teacher_top_ids=_zeros(sample.teacher_top_ids),
+        teacher_top_logprobs=_zeros(sample.teacher_top_logprobs),
     )
+
+
+def _zeros(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else np.zeros_like(values)
 
 
 def _numbered(samples: list[Sample]) -> list[Sample]:

@@ -65,7 +65,7 @@ async def assemble(run_dir: RunDir) -> AsyncIterator[Parts]:
         EngineClient(
             urls, engine.api_key or run_dir.token(), engine, find_urls if roles else None
         ) as client,
-        open_teacher(run.rollout, side_models) as teacher,
+        open_teacher(run.rollout, side_models, chat) as teacher,
         open_tasks(
             prompts,
             run,

@@ -14,16 +14,18 @@ import numpy as np
 from rollout.client import EngineClient, Finish, check_not_aborted
 from rollout.config import RolloutConfig
 from rollout.side_models import SideModels
+from rollout.teacher_tokenizer import check_tokenizer
+from rollout.tokens import Chat
 from rollout.types import Sample, Status
 
 
 @contextlib.asynccontextmanager
 async def open_teacher(
-    rollout: RolloutConfig, side_models: SideModels
+    rollout: RolloutConfig, side_models: SideModels, chat: Chat
 ) -> AsyncIterator["Teacher | None"]:
     """The run's teacher; None where it has none. Its server must have an address by now.
 
-    Raises ValueError where rollout.teacher names no side model.
+    Raises ValueError where rollout.teacher names no side model, or one of another tokenizer.
     """
     name = rollout.teacher
     if not name:
@@ -36,7 +38,8 @@ async def open_teacher(
         found = side_models.find(name)
         return [] if found is None else [found[0]]
 
-    _, api_key = side_models.find(name) or ("", "")
+    url, api_key = side_models.find(name) or ("", "")
+    await check_tokenizer(f"rollout.teacher={name}", url, api_key, chat)
     async with EngineClient(
         find_urls(),
         api_key,
@@ -44,12 +47,18 @@ async def open_teacher(
         find_urls if model.model_path else None,
         what=f"rollout.teacher={name}",
     ) as client:
-        yield Teacher(client)
+        yield Teacher(client, rollout.teacher_top_k)
+
+
+Scored = tuple[float | None, int, str | None]
+"""(log-prob, token id, text), as SGLang tells them."""
 
 
 class _Meta(msgspec.Struct):
     finish_reason: Finish
-    input_token_logprobs: list[tuple[float | None, int, str | None]]
+    input_token_logprobs: list[Scored]
+    input_top_logprobs: list[list[Scored] | None] = []
+    """Of the same positions."""
 
 
 class _Reply(msgspec.Struct):
@@ -62,29 +71,32 @@ _decode_replies = msgspec.json.Decoder(list[_Reply]).decode
 class Teacher:
     """Scores samples by its own log-probs at temperature 1."""
 
-    def __init__(self, client: EngineClient) -> None:
-        """client: of the teacher's server."""
+    def __init__(self, client: EngineClient, top_k: int = 0) -> None:
+        """client: of the teacher's server. top_k: so many of its likeliest tokens are told too."""
         self._client = client
+        self._top_k = top_k
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with teacher_logprobs; those that failed, which train nothing, get zeros.
+        """The samples with teacher_logprobs, and teacher_top_ids and teacher_top_logprobs where the
+        likeliest tokens are wanted; those that failed, which train nothing, get zeros.
 
         Raises EngineFailure where the teacher gives no answer within its bounds.
         """
         asked = [sample for sample in samples if sample.status is not Status.FAILED]
         found = {id(s): row for s, row in zip(asked, await self._ask(asked), strict=True)}
-        return [
-            replace(
-                sample,
-                teacher_logprobs=found.get(
-                    id(sample), np.zeros(sample.response_length, dtype=np.float32)
-                ),
-            )
-            for sample in samples
-        ]
+        nobody = [(0.0, 0, None)] * self._top_k
+        for sample in samples:
+            if id(sample) not in found:
+                found[id(sample)] = {
+                    "teacher_logprobs": np.zeros(sample.response_length, dtype=np.float32),
+                    **_top(sample, [nobody] * sample.response_length, self._top_k),
+                }
+        return [replace(sample, **found[id(sample)]) for sample in samples]
 
-    async def _ask(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """[R] float32 each: log p(token | all before it), 0 where the policy did not write it."""
+    async def _ask(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
+        """Fields of each sample: log p(token | all before it), 0 where the policy did not write it,
+        and the likeliest tokens in its place.
+        """
         if not samples:
             return []
         body = {
@@ -94,22 +106,45 @@ class Teacher:
             # One before the first that is asked for: what comes first has no log-prob.
             "logprob_start_len": [sample.prompt_length - 1 for sample in samples],
         }
+        if self._top_k:
+            body["top_logprobs_num"] = [self._top_k] * len(samples)
 
-        def read(url: str, data: bytes) -> list[np.ndarray]:
+        def read(url: str, data: bytes) -> list[dict[str, np.ndarray]]:
             replies = _decode_replies(data)
             if len(replies) != len(samples):
                 raise ValueError(f"{len(replies)} replies to {len(samples)} samples")
             for reply in replies:
                 check_not_aborted(url, reply.meta_info.finish_reason)
             return [
-                _logprobs(sample, reply.meta_info.input_token_logprobs)
+                {
+                    "teacher_logprobs": _logprobs(sample, reply.meta_info.input_token_logprobs),
+                    **_top(sample, reply.meta_info.input_top_logprobs, self._top_k),
+                }
                 for sample, reply in zip(samples, replies, strict=True)
             ]
 
         return await self._client.request(body, read)
 
 
-def _logprobs(sample: Sample, scored: list[tuple[float | None, int, str | None]]) -> np.ndarray:
+def _top(sample: Sample, scored: Sequence[list[Scored] | None], k: int) -> dict[str, np.ndarray]:
+    """teacher_top_ids and teacher_top_logprobs, [R, k]; neither where k is 0."""
+    if not k:
+        return {}
+    rows = [row or [] for row in scored[max(0, len(scored) - sample.response_length) :]]
+    if [len(row) for row in rows] != [k] * sample.response_length:
+        raise ValueError(f"not {k} likeliest tokens in place of each of the response's")
+    values = [[np.nan if value is None else value for value, *_ in row] for row in rows]
+    logprobs = np.array(values, dtype=np.float32).reshape(-1, k)
+    if not (logprobs <= 1e-6).all():  # nor NaN
+        raise ValueError("the log-prob of a likeliest token is not a number <= 0")
+    ids = [[token for _, token, _ in row] for row in rows]
+    return {
+        "teacher_top_ids": np.array(ids, dtype=np.int32).reshape(-1, k),
+        "teacher_top_logprobs": logprobs,
+    }
+
+
+def _logprobs(sample: Sample, scored: list[Scored]) -> np.ndarray:
     """Check one reply and bring it into an array; ValueError says what does not fit."""
     response = sample.tokens[sample.prompt_length :].tolist()
     rows = scored[len(scored) - len(response) :]

@@ -24,7 +24,7 @@ class Chat:
             raise ValueError("model.hf_path: its tokenizer has no eos_token")
         self.tokenizer = tokenizer
         self.end_id: int = tokenizer.eos_token_id
-        self._num_tokens = len(tokenizer)
+        self.num_tokens = len(tokenizer)
 
     @classmethod
     def load(cls, hf_path: str) -> "Chat":
@@ -81,7 +81,7 @@ class Chat:
         parts: list[str] = []
         known: list[int] = []
         for token in map(int, token_ids):
-            if token < self._num_tokens:
+            if token < self.num_tokens:
                 known.append(token)
                 continue
             parts += [self._decode(known), "\ufffd"]

@@ -52,6 +52,10 @@ class Sample:
     """Of the greedy answer to the same prompt (rollout.greedy_baseline)."""
     teacher_logprobs: np.ndarray | None = None
     """[R] float32: the teacher's log-prob of each token (rollout.teacher); 0 where loss_mask is."""
+    teacher_top_ids: np.ndarray | None = None
+    """[R, k] int32: the teacher's likeliest tokens in place of each (rollout.teacher_top_k)."""
+    teacher_top_logprobs: np.ndarray | None = None
+    """[R, k] float32: its log-probs of them."""
     status: Status = Status.STOPPED
     metadata: dict[str, str] = field(default_factory=dict)
     """For people: the task's own description, the answer wanted."""
@@ -94,12 +98,24 @@ class Sample:
             len(scored) != expected or not np.isfinite(scored).all() or (scored > 1e-6).any()
         ):
             raise ValueError(f"{where}: teacher_logprobs must be {expected} finite numbers <= 0")
+        self._check_top(where)
         if (self.versions[written] < 0).any():
             raise ValueError(f"{where}: a token written by the policy has no version")
         if not np.isfinite(self.reward):
             raise ValueError(f"{where}: reward is {self.reward}")
         if not np.isfinite(self.turn_rewards).all():
             raise ValueError(f"{where}: turn_rewards are {self.turn_rewards}")
+
+    def _check_top(self, where: str) -> None:
+        ids, logprobs = self.teacher_top_ids, self.teacher_top_logprobs
+        if ids is None and logprobs is None:
+            return
+        if ids is None or logprobs is None or ids.shape != logprobs.shape or ids.ndim != 2:
+            raise ValueError(f"{where}: teacher_top_ids and teacher_top_logprobs are [R, k] both")
+        if len(ids) != len(self.loss_mask) or (ids < 0).any():
+            raise ValueError(f"{where}: teacher_top_ids must be token ids in each token's place")
+        if not np.isfinite(logprobs).all() or (logprobs > 1e-6).any():
+            raise ValueError(f"{where}: teacher_top_logprobs must be finite and <= 0")
 
 
 @dataclass(kw_only=True, slots=True)

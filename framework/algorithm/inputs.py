@@ -86,6 +86,19 @@ class Sequences:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherTop:
+    """A teacher's k likeliest tokens at each position: what it and the policy say of them."""
+
+    teacher_logprobs: torch.Tensor
+    """[k, T] float32."""
+    policy_logprobs: torch.Tensor
+    """[k, T] float32, of the same tokens; carries the gradient."""
+    policy_rest: torch.Tensor
+    """[T] float32: the probability that the policy gives to all other tokens; carries the gradient.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossInputs:
     """The tokens of one micro-batch; [T] float32 each, aligned to the token that is scored."""
 
@@ -108,6 +121,8 @@ class LossInputs:
     where loss_mask is 0."""
     selected: torch.Tensor | None = None
     """[T] float32: 1 at the tokens that the loss's own `scores` chose among the whole update's."""
+    teacher: TeacherTop | None = None
+    """Of a loss whose row says `teacher_top`."""
 
 
 @dataclass(frozen=True, kw_only=True)

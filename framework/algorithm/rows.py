@@ -28,6 +28,8 @@ class Row(NamedTuple):
     """An advantage that compares samples of a prompt with each other."""
     token_rewards: bool = False
     """An advantage that takes rewards of single tokens, as algorithm.kl_reward_coef makes them."""
+    teacher_top: bool = False
+    """A loss that compares with a teacher's likeliest tokens (rollout.teacher_top_k)."""
 
     def bind(self, arguments: Mapping[str, Any]) -> Callable[[Any], Any]:
         """The function of inputs alone, with these knobs (the rest at their defaults)."""

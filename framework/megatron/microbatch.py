@@ -28,6 +28,8 @@ REAL_COLUMNS = (
     "turn_ends",
 )
 """float32."""
+TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs")
+"""[k, T], whole numbers and float32."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,10 @@ class Microbatch:
     """[T] float32: the critic's before the step's first update, where there is one."""
     returns: torch.Tensor | None = None
     """[T] float32: what the critic is to estimate."""
+    teacher_ids: torch.Tensor | None = None
+    """[k, T] int64: the teacher's likeliest tokens in place of the label, where the loss asks."""
+    teacher_logprobs: torch.Tensor | None = None
+    """[k, T] float32: its log-probs of them."""
 
 
 def pack_microbatch(
@@ -81,6 +87,7 @@ def pack_microbatch(
     mesh: Mesh,
     sequence_parallel: bool,
     step: int = 0,
+    teacher_top_k: int = 0,
 ) -> Microbatch:
     """Pack samples (by index into the step's batch) for one rank.
 
@@ -88,18 +95,22 @@ def pack_microbatch(
         advantages: for each index [R] float32.
         token_weight: for each index the weight of one of its policy tokens in the global loss.
         step: the version that the policy has before it, for the tokens' staleness.
+        teacher_top_k: how many of a teacher's tokens the loss asks for at each position.
 
     An empty `indices` gives a micro-batch of padding, so that all ranks run equally many.
     """
     cp = mesh.layout.cp
     multiple = 2 * cp if cp > 1 else 1
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*COLUMNS, *REAL_COLUMNS)}
+    wide = {name: (teacher_top_k,) for name in TEACHER_COLUMNS if teacher_top_k}
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*COLUMNS, *REAL_COLUMNS, *wide)}
     cu_seqlens = [0]
     for i in indices:
         sample = samples[i]
         length = len(sample.tokens)
         padded = -(-length // multiple) * multiple
         row = _sequence(sample, advantages[i], token_weight[i], step)
+        if teacher_top_k:
+            row |= teacher_columns(sample, teacher_top_k)
         for name, values in row.items():
             columns[name].append(torch.nn.functional.pad(values, (0, padded - length)))
         cu_seqlens.append(cu_seqlens[-1] + padded)
@@ -108,17 +119,17 @@ def pack_microbatch(
     filler = -cu_seqlens[-1] % whole if cu_seqlens[-1] else whole
     if filler:
         for name, parts in columns.items():
-            dtype = torch.int64 if name in COLUMNS else torch.float32
-            parts.append(torch.zeros(filler, dtype=dtype))
+            dtype = torch.int64 if name in (*COLUMNS, "teacher_ids") else torch.float32
+            parts.append(torch.zeros((*wide.get(name, ()), filler), dtype=dtype))
         cu_seqlens.append(cu_seqlens[-1] + filler)
-    packed = {name: torch.cat(parts) for name, parts in columns.items()}
+    packed = {name: torch.cat(parts, dim=-1) for name, parts in columns.items()}
     starts = torch.tensor(cu_seqlens, dtype=torch.int32)
     sizes = starts.diff()
     packed["position_ids"] = torch.arange(cu_seqlens[-1]) - starts[:-1].repeat_interleave(sizes)
     packed["sequence_ids"] = torch.arange(len(sizes)).repeat_interleave(sizes)
     if cp > 1:
         mine = torch.tensor(zigzag_positions(cu_seqlens, cp, mesh.coords.cp))
-        packed = {name: values[mine] for name, values in packed.items()}
+        packed = {name: values[..., mine] for name, values in packed.items()}
     longest = int(sizes.max())
     starts = starts.to(mesh.device)
     return Microbatch(
@@ -163,6 +174,29 @@ def _sequence(
         "turn_ends": predicted(torch.from_numpy(_turn_ends(sample))),
         "rollout_logprobs": predicted(torch.from_numpy(sample.rollout_logprobs.copy()) * mask),
     }
+
+
+def teacher_columns(sample: Sample, k: int) -> dict[str, torch.Tensor]:
+    """The teacher's k likeliest tokens where each token of a response is scored, [k, P + R] each.
+
+    Raises:
+        ValueError: the sample does not carry them.
+    """
+    ids, logprobs = sample.teacher_top_ids, sample.teacher_top_logprobs
+    found = 0 if ids is None else ids.shape[1]
+    if ids is None or logprobs is None or found != k:
+        raise ValueError(
+            f"sample {sample.group_id}/{sample.index} carries {found} of a teacher's likeliest "
+            f"tokens, rollout.teacher_top_k={k}; it was generated with another value"
+        )
+    length, first = len(sample.tokens), sample.prompt_length - 1
+    columns = {
+        "teacher_ids": torch.zeros((k, length), dtype=torch.int64),
+        "teacher_logprobs": torch.zeros((k, length)),
+    }
+    columns["teacher_ids"][:, first : length - 1] = torch.from_numpy(ids.T.astype("int64"))
+    columns["teacher_logprobs"][:, first : length - 1] = torch.from_numpy(logprobs.T.copy())
+    return columns
 
 
 def _turn_ends(sample: Sample) -> np.ndarray:

@@ -3,14 +3,14 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from framework.algorithm.inputs import LossInputs, LossOutput, Sequences
+from framework.algorithm.inputs import LossInputs, LossOutput, Sequences, TeacherTop
 from framework.algorithm.ratio_quantiles import NUM_BINS, count_log_ratios, ratio_quantile
 from framework.megatron.logprobs import LogprobContext, logprob_output_processor
 from framework.megatron.microbatch import Microbatch
@@ -69,7 +69,10 @@ class StepRunner:
                 labels=batch.labels[None],
                 packed_seq_params=batch.packed_seq_params,
                 output_processor=processor,
-                output_processor_context=context,
+                # Passes without a gradient have no use for the teacher's tokens.
+                output_processor_context=replace(
+                    context, top_ids=None if forward_only else batch.teacher_ids
+                ),
             )
             return output, functools.partial(loss_function, batch)
 
@@ -130,7 +133,7 @@ class StepRunner:
         """
 
         def evaluate(batch: Microbatch, output: torch.Tensor) -> Any:
-            logprobs, entropy = output
+            logprobs, entropy = output[:2]
             old = batch.old_logprobs if batch.old_logprobs is not None else logprobs.detach()
             result = objective(
                 LossInputs(
@@ -144,6 +147,7 @@ class StepRunner:
                     sequences=self.sequences(batch),
                     staleness=batch.staleness,
                     selected=batch.selected,
+                    teacher=_teacher_top(batch, output),
                 )
             )
             total = (result.loss * batch.weights).sum()
@@ -164,6 +168,7 @@ class StepRunner:
         Raises:
             FloatingPointError: the gradient norm is not finite.
         """
+        check_teacher_ids(microbatches, self.policy.vocab_size)
         for model in self.policy.wrapped:
             model.zero_grad_buffer()
         self.policy.optimizer.zero_grad()
@@ -185,6 +190,30 @@ def no_tokens() -> torch.Tensor:
     """The count of tokens that megatron's schedule wants of a loss function."""
     # megatron divides by this count when asked to; we have divided already (see model.py).
     return torch.zeros((), dtype=torch.int, device=torch.cuda.current_device())
+
+
+def check_teacher_ids(microbatches: list[Microbatch], vocab_size: int) -> None:
+    """ValueError where a teacher names a token that the policy does not have."""
+    for batch in microbatches:
+        if (
+            batch.teacher_ids is not None
+            and (largest := int(batch.teacher_ids.max())) >= vocab_size
+        ):
+            raise ValueError(
+                f"rollout.teacher names token {largest}; the policy has {vocab_size}: another "
+                "vocabulary"
+            )
+
+
+def _teacher_top(batch: Microbatch, output: torch.Tensor) -> TeacherTop | None:
+    """What the output says of the tokens that a teacher named, [2 + k + 1, T]."""
+    if batch.teacher_logprobs is None:
+        return None
+    return TeacherTop(
+        teacher_logprobs=batch.teacher_logprobs,
+        policy_logprobs=output[2:-1],
+        policy_rest=output[-1],
+    )
 
 
 def _figures(

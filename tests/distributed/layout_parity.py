@@ -43,6 +43,7 @@ from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.load import detect_spec
 from megatron_bridge.mapping import hf_shapes
 from rollout.batch import make_batch
+from rollout.config import RolloutConfig
 from rollout.journal import write_step
 from rollout.source import JournalSource
 from rollout.types import Group, Sample, StepBatch
@@ -55,6 +56,7 @@ EPS = 1e-5
 """AdamW's usual 1e-8 would turn the rounding error of a gradient near zero into a whole update."""
 BUCKET_BYTES = 1 << 16
 CASE_TIMEOUT_S = 120.0
+TEACHER_TOP_K = 5
 
 
 def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
@@ -176,6 +178,10 @@ def _sample(random: np.random.Generator, group_id: int, index: int, prompt: np.n
     )
     # The teacher likes what the policy found unlikely: advantages of either sign.
     sample.teacher_logprobs = np.minimum(-1 - 0.5 * sample.rollout_logprobs, 0) * mask
+    top = [random.choice(101, TEACHER_TOP_K, replace=False) for _ in range(length)]
+    sample.teacher_top_ids = np.array(top, dtype=np.int32)
+    shares = random.dirichlet(np.ones(TEACHER_TOP_K + 1), length)[:, 1:]
+    sample.teacher_top_logprobs = np.log(shares + 1e-3).astype(np.float32).clip(max=0)
     return sample
 
 
@@ -191,6 +197,8 @@ def objective(case: Case, hf_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "algorithm": AlgorithmConfig(updates_per_step=UPDATES_PER_STEP, **fields)
     }
+    if fields.get("loss") == "generalized_jsd":
+        found["rollout"] = RolloutConfig(teacher_top_k=TEACHER_TOP_K)
     if fields.get("advantage") in VALUED.rows:
         # From a directory of its own: the policy's may be a Megatron checkpoint.
         whiten = fields["advantage"] == "gae"  # else the loss of a token mean would be nearly 0

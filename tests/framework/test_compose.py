@@ -53,7 +53,7 @@ def test_every_algorithm_composes_and_is_accepted(path: Path, tiny_model_dir: Pa
     stages |= dict.fromkeys(reward_losses(), "reward_model")
     config.stage = stages.get(config.algorithm.loss, "rl")
     assert config.algorithm.name == path.stem
-    if path.stem == "on_policy_distillation":  # which nobody has a teacher for by default
+    if path.stem in ("on_policy_distillation", "gkd"):  # which nobody has a teacher for by default
         assert ["rollout.teacher" in error for error in check_config(config)] == [True]
         config.rollout.side_models = {"wise": {"model_path": str(tiny_model_dir)}}
         config.rollout.teacher = "wise"

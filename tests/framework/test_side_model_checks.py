@@ -120,6 +120,9 @@ def test_another_tokenizer_than_the_policys_is_refused(
     tokens["0"], tokens["1"] = tokens["1"], tokens["0"]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = config_with({"score": {"kind": "classify", "model_path": str(path)}}, SCORED)
+    assert not config.model.hf_path
+    (error,) = check_config(config)
+    assert "its tokenizer is not that of model.tiny, whose" in error
     config.model.hf_path = str(tiny_model_dir)
     (error,) = check_config(config)
     assert f"its tokenizer is not that of model.hf_path={tiny_model_dir}" in error
@@ -137,6 +140,43 @@ def test_another_tokenizer_than_the_policys_is_refused(
             "rollout.teacher=wise: algorithm.advantage=plain",
         ),
         ({"algorithm.advantage_args": {"max": 1}}, "advantage_args.max=1: algorithm.advantage has"),
+        ({"rollout.filters": ["failed"]}, ""),
+        (
+            {"rollout.filters": ["failed", "dynamic_sampling"]},
+            "rollout.filters=dynamic_sampling: chooses groups by rewards, which teach nothing",
+        ),
+        ({"rollout.keep_share": 0.5}, "rollout.keep_share=0.5: chooses groups by rewards, which"),
+        ({"rollout.teacher_top_k": -1}, "rollout.teacher_top_k=-1: must not be negative"),
+        (
+            {"rollout.teacher_top_k": 3},
+            "rollout.teacher_top_k=3: algorithm.loss=policy_gradient does not use them",
+        ),
+        ({"rollout.teacher_top_k": 69, "algorithm.loss": "generalized_jsd"}, ""),
+        (
+            {"rollout.teacher_top_k": 70, "algorithm.loss": "generalized_jsd"},
+            "rollout.teacher_top_k=70: the vocabulary has 69 tokens",
+        ),
+        (
+            {"algorithm.loss": "generalized_jsd"},
+            "rollout.teacher_top_k=0: algorithm.loss=generalized_jsd compares with the teacher's",
+        ),
+        (
+            {
+                "rollout.teacher_top_k": 3,
+                "algorithm.loss": "generalized_jsd",
+                "algorithm.loss_args": {"teacher_share": 1.5},
+            },
+            "algorithm.loss_args.teacher_share=1.5: a share is at most 1",
+        ),
+        (
+            {
+                "rollout.teacher": "",
+                "rollout.teacher_top_k": 3,
+                "algorithm.loss": "generalized_jsd",
+                "algorithm.advantage": "plain_reward",
+            },
+            "algorithm.advantage=plain_reward: algorithm.loss=generalized_jsd uses no advantage",
+        ),
     ],
 )
 def test_a_teacher_is_there_where_it_is_needed(

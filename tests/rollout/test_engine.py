@@ -154,6 +154,7 @@ def test_a_mixture_and_a_teacher_of_the_same_weights(engine, tiny_model_dir, tmp
     }
     config["rollout"]["side_models"] = {"wise": {"url": engine.url, "api_key": API_KEY}}
     config["rollout"]["teacher"] = "wise"
+    config["rollout"]["teacher_top_k"] = 69  # the whole vocabulary
     run_dir.config.write_text(yaml.safe_dump(config))
     result = run_rollout(run_dir)
     assert result.returncode == 0, result.stderr
@@ -168,6 +169,12 @@ def test_a_mixture_and_a_teacher_of_the_same_weights(engine, tiny_model_dir, tmp
             assert mask.any()
             told, said = sample.teacher_logprobs[mask], sample.rollout_logprobs[mask]
             np.testing.assert_allclose(told, said, rtol=0, atol=1e-4)
+            top = np.full_like(sample.teacher_top_logprobs, np.nan)
+            np.put_along_axis(top, sample.teacher_top_ids, sample.teacher_top_logprobs, axis=1)
+            written = sample.tokens[sample.prompt_length :][:, None]
+            (found,) = np.take_along_axis(top, written, axis=1)[mask].T
+            np.testing.assert_allclose(found, said, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(np.exp(top).sum(1), 1, rtol=0, atol=1e-5)
 
 
 def test_mode_eval_writes_one_line_that_does_not_change(engine, tiny_model_dir, tmp_path):

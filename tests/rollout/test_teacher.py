@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from framework.overlong import shorten_sample
+from framework.tiny_model import _tokenizer
 from rollout.batch import make_batch
 from rollout.client import EngineClient, EngineFailure
 from rollout.config import EngineConfig, RolloutConfig
@@ -17,6 +18,8 @@ from rollout.journal import read_step, write_step
 from rollout.run_dir import RunDir
 from rollout.side_models import SideModels
 from rollout.teacher import Teacher, open_teacher
+from rollout.teacher_tokenizer import check_tokenizer, first_difference, probe_ids
+from rollout.tokens import Chat
 from rollout.types import Group, Sample, Status
 from tests.rollout.test_rewards import Answers, serving
 
@@ -37,17 +40,28 @@ def make_sample(index: int = 0, **fields: Any) -> Sample:
     return replace(sample, **fields)
 
 
-def reply(*rows: tuple[float | None, int], finish: Any = None) -> dict[str, Any]:
+def reply(
+    *rows: tuple[float | None, int], finish: Any = None, top: list[Any] | None = None
+) -> dict[str, Any]:
     """As SGLang tells log-probs of a prompt: the first one is of nobody."""
     finish = finish or {"type": "length", "length": 0}
     scored = [[value, token, None] for value, token in rows]
-    return {"text": "", "meta_info": {"finish_reason": finish, "input_token_logprobs": scored}}
+    meta = {"finish_reason": finish, "input_token_logprobs": scored}
+    return {"text": "", "meta_info": meta | ({} if top is None else {"input_top_logprobs": top})}
 
 
 RIGHT = reply((None, 2), (-0.5, 5), (-9.0, 6), (-1.5, 7))
 
 
-def score(answers: Answers, samples: list[Sample]) -> list[Sample]:
+TOP = [
+    None,
+    [[-0.5, 5, None], [-1.0, 3, None]],
+    [[-0.25, 3, None], [-2.0, 4, None]],
+    [[-0.75, 9, None], [-1.5, 7, None]],
+]
+
+
+def score(answers: Answers, samples: list[Sample], top_k: int = 0) -> list[Sample]:
     """By a teacher that answers so."""
 
     async def run() -> list[Sample]:
@@ -56,7 +70,7 @@ def score(answers: Answers, samples: list[Sample]) -> list[Sample]:
             serving(answers) as url,
             EngineClient([url], "key", config, what="rollout.teacher=wise") as client,
         ):
-            return await Teacher(client).score(samples)
+            return await Teacher(client, top_k).score(samples)
 
     return asyncio.run(run())
 
@@ -78,6 +92,43 @@ def test_every_sample_is_scored_from_its_own_tokens_in_one_call():
     assert body["input_ids"] == [[1, 2, 5, 6, 7]] * 2
     assert body["logprob_start_len"] == [1, 1]
     assert body["sampling_params"] == {"max_new_tokens": 0, "temperature": 1.0}
+    assert "top_logprobs_num" not in body
+    assert found[0].teacher_top_ids is None
+
+
+def test_the_likeliest_tokens_come_with_them_where_they_are_wanted():
+    right = reply((None, 2), (-0.5, 5), (-9.0, 6), (-1.5, 7), top=TOP)
+    answers = Answers((200, json.dumps([right])))
+    found = score(answers, [failed_sample(make_sample(1), "no reason"), make_sample()], top_k=2)
+    assert answers.bodies[0]["top_logprobs_num"] == [2]
+    for sample, ids, logprobs in (
+        (found[0], [[0, 0]] * 3, [[0.0, 0.0]] * 3),
+        (found[1], [[5, 3], [3, 4], [9, 7]], [[-0.5, -1.0], [-0.25, -2.0], [-0.75, -1.5]]),
+    ):
+        sample.check()
+        assert sample.teacher_top_ids is not None
+        assert sample.teacher_top_ids.dtype == np.int32
+        assert sample.teacher_top_ids.tolist() == ids
+        assert sample.teacher_top_logprobs is not None
+        assert sample.teacher_top_logprobs.dtype == np.float32
+        assert sample.teacher_top_logprobs.tolist() == logprobs
+
+
+@pytest.mark.parametrize(
+    ("top", "said"),
+    [
+        (None, "not 2 likeliest tokens"),
+        (TOP[1:3], "not 2 likeliest tokens"),
+        ([None, TOP[1], [[-0.25, 3, None]], TOP[3]], "not 2 likeliest tokens"),
+        ([None, TOP[1], None, TOP[3]], "not 2 likeliest tokens"),
+        ([None, TOP[1], TOP[2], [[0.1, 9, None], [-1.5, 7, None]]], "likeliest token is not a"),
+        ([None, TOP[1], TOP[2], [[None, 9, None], [-1.5, 7, None]]], "likeliest token is not a"),
+    ],
+)
+def test_likeliest_tokens_that_do_not_fit_are_refused(top: Any, said: str):
+    wrong = reply((None, 2), (-0.5, 5), (-9.0, 6), (-1.5, 7), top=top)
+    with pytest.raises(EngineFailure, match=said):
+        score(Answers((200, json.dumps([wrong]))), [make_sample()], top_k=2)
 
 
 @pytest.mark.parametrize(
@@ -119,16 +170,81 @@ def test_they_travel_to_the_trainers_and_are_cut_with_their_sample(tmp_path):
     shortened.check()
     bare, _ = make_batch(0, [Group(group_id=0, start_version=0, samples=[make_sample()])], 1.0)
     assert "rollout/teacher_kl" not in bare.metrics
+    top = {
+        "teacher_top_ids": np.array([[5, 3], [3, 4], [9, 7]], dtype=np.int32),
+        "teacher_top_logprobs": -np.arange(6, dtype=np.float32).reshape(3, 2),
+    }
+    batch, samples = make_batch(
+        1, [Group(group_id=0, start_version=0, samples=[replace(sample, **top)])], 1.0
+    )
+    _, (read,) = read_step(write_step(tmp_path, batch, samples))
+    shortened = shorten_sample(read, 1)
+    shortened.check()
+    assert shortened.teacher_top_ids is not None
+    assert shortened.teacher_top_ids.tolist() == [[5, 3]]
+    assert shortened.teacher_top_logprobs is not None
+    assert shortened.teacher_top_logprobs.tolist() == [[0.0, -1.0]]
+    failed_sample(read, "late").check()
+    for wrong_top in (
+        {"teacher_top_ids": None},
+        {"teacher_top_ids": top["teacher_top_ids"][:2]},
+        {name: values[:2] for name, values in top.items()},
+        {"teacher_top_ids": -top["teacher_top_ids"]},
+        {"teacher_top_logprobs": -top["teacher_top_logprobs"]},
+    ):
+        with pytest.raises(ValueError, match="teacher_top_"):
+            replace(sample, **{**top, **wrong_top}).check()
     for wrong in (scores[:2], -scores, np.full(3, np.nan, dtype=np.float32)):
         with pytest.raises(ValueError, match="teacher_logprobs must be 3 finite numbers"):
             make_sample(teacher_logprobs=wrong).check()
     assert failed_sample(read, "late").status is Status.FAILED
 
 
+def chat() -> Chat:
+    return Chat(_tokenizer())
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_by_the_texts_of_its_tokens(caplog):
+    """Two letters changed places there, at the same size."""
+
+    def answer(*, swapped: bool) -> Answers:
+        ids = probe_ids(chat().num_tokens)
+        assert ids == [*range(69)]  # all of so small a vocabulary
+        texts = [chat().text([token]) for token in ids]
+        if swapped:
+            texts[20], texts[21] = texts[21], texts[20]
+        return Answers((200, json.dumps({"text": texts})))
+
+    def check(answers: Answers) -> None:
+        async def run() -> None:
+            async with serving(answers) as url:
+                await check_tokenizer("rollout.teacher=wise", url, "key", chat())
+
+        asyncio.run(run())
+
+    right = answer(swapped=False)
+    check(right)
+    assert right.paths == ["/v1/detokenize"]
+    assert right.bodies[0]["tokens"][:2] == [[0], [1]]
+    with pytest.raises(
+        ValueError, match=r"^rollout\.teacher=wise: its tokenizer is not .* token 20"
+    ):
+        check(answer(swapped=True))
+    assert not caplog.records
+    check(Answers((500, "no tokenizer")))
+    assert "wise: its tokenizer was not compared with the policy's: status 500" in caplog.text
+
+
+def test_only_the_texts_of_tokens_count_and_not_the_space_around_them():
+    assert first_difference([4, 5], [" the", "\n"], ["the", ""]) is None
+    said = first_difference([4, 5], ["the", None], ["the", "a"])
+    assert said == "token 5 is None there and 'a' here"
+
+
 def test_a_teacher_that_no_side_model_is_stops_the_run(tmp_path):
     async def run(teacher: str) -> Teacher | None:
         models = SideModels({}, RunDir(tmp_path))
-        async with open_teacher(RolloutConfig(teacher=teacher), models) as found:
+        async with open_teacher(RolloutConfig(teacher=teacher), models, chat()) as found:
             return found
 
     assert asyncio.run(run("")) is None

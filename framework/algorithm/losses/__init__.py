@@ -11,6 +11,7 @@ here.
 from framework.algorithm.losses import (
     cispo,
     clip_cov,
+    generalized_jsd,
     gmpo,
     gspo,
     kl_cov,
@@ -30,5 +31,6 @@ LOSSES: dict[str, Row] = {
     "gmpo": Row(gmpo.loss, gmpo.Config),
     "clip_cov": Row(clip_cov.loss, clip_cov.Config, clip_cov.scores),
     "kl_cov": Row(kl_cov.loss, kl_cov.Config, kl_cov.scores),
+    "generalized_jsd": Row(generalized_jsd.loss, generalized_jsd.Config, teacher_top=True),
     "negative_log_likelihood": Row(negative_log_likelihood.loss, negative_log_likelihood.Config),
 }
