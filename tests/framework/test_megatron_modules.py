@@ -118,6 +118,7 @@ def test_the_teachers_tokens_ignore_the_padded_vocabulary_too():
     torch.testing.assert_close(found[-1].double(), rest, rtol=0, atol=1e-6)
     (found[2:-1].sum() + 0.3 * found[-1].sum()).backward()
     (expected.sum() + 0.3 * rest.sum()).backward()
+    assert logits.grad is not None
     torch.testing.assert_close(logits.grad[:, :30].double(), full.grad, rtol=0, atol=1e-6)
     assert not logits.grad[:, 30:].any()
 
@@ -130,6 +131,8 @@ def test_a_teachers_tokens_stand_where_the_token_is_scored():
     samples = {0: sample([5, 6], [7, 8, 9], [1, 0, 1], **top)}
     given = ({0: torch.zeros(3)}, {0: 0.5}, mesh(tp=2))
     batch = pack_microbatch([0], samples, *given, sequence_parallel=True, teacher_top_k=2)
+    assert batch.teacher_ids is not None
+    assert batch.teacher_logprobs is not None
     assert batch.teacher_ids.tolist() == [[0, 3, 5, 7, 0, 0], [0, 4, 6, 8, 0, 0]]
     assert batch.teacher_logprobs.tolist() == [[0, -1, -3, -5, 0, 0], [0, -2, -4, -6, 0, 0]]
     check_teacher_ids([batch], 9)

@@ -169,6 +169,8 @@ def test_a_mixture_and_a_teacher_of_the_same_weights(engine, tiny_model_dir, tmp
             assert mask.any()
             told, said = sample.teacher_logprobs[mask], sample.rollout_logprobs[mask]
             np.testing.assert_allclose(told, said, rtol=0, atol=1e-4)
+            assert sample.teacher_top_ids is not None
+            assert sample.teacher_top_logprobs is not None
             top = np.full_like(sample.teacher_top_logprobs, np.nan)
             np.put_along_axis(top, sample.teacher_top_ids, sample.teacher_top_logprobs, axis=1)
             written = sample.tokens[sample.prompt_length :][:, None]
