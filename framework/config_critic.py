@@ -9,7 +9,8 @@ class CriticConfig:
 
     init_from: str = ""
     """Hugging Face directory of the same architecture: a reward model's hf/ (its head is taken as
-    well) or a language model's. Empty: what the policy begins with, and a head of zeros."""
+    well) or a language model's; or a reward model's Megatron checkpoint. Empty: what the policy
+    begins with, and a head of zeros."""
     lr: float = 2e-3
     """The other fields of optimizer.* hold for both."""
     warmup_steps: int = 0

@@ -16,12 +16,13 @@ def build_critic(config: RunConfig, mesh: Any, found: Checkpoint | None) -> Any:
     """The critic, from the checkpoint if there is one; None where the algorithm has none."""
     if not uses_critic(config):
         return None
-    from framework.megatron.checkpoint import load_critic
+    from framework.megatron.checkpoint import load_critic, load_weights
     from framework.megatron.critic import Critic
     from framework.megatron.model import build_policy, read_hf_config
     from framework.megatron.sharded_state import blank_weights
     from megatron_bridge.load import load_hf, load_hf_body
     from megatron_bridge.models.score_head import has_score_head, score_config
+    from megatron_bridge.torch_dist import is_torch_dist
 
     model, critic = config.model, config.critic
     hf_config = score_config(read_hf_config(model.hf_path))
@@ -30,6 +31,9 @@ def build_critic(config: RunConfig, mesh: Any, found: Checkpoint | None) -> Any:
     def fill(chunks: list[Any]) -> None:
         if found is not None:
             blank_weights(chunks)
+            return
+        if is_torch_dist(str(first)):
+            load_weights(str(first), chunks, hf_config)
             return
         load = load_hf if has_score_head(read_hf_config(first)) else load_hf_body
         load(chunks, first, mesh.layout, mesh.coords, model.vocab_pad_multiple, hf_config)

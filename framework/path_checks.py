@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from framework.checkpoints import TORCH_DIST
+from framework.checkpoints import MANIFEST, TORCH_DIST, read_checkpoint
 from framework.config import RunConfig
 from framework.critic_checks import uses_critic
 from framework.launch.resume import resume_errors
 from framework.model_shape import read_hf_config
+from megatron_bridge.models.score_head import has_score_head
 from rollout.run_dir import RunDir
 
 
@@ -29,14 +30,37 @@ def _start(config: RunConfig, key: str, path: str) -> Iterator[str]:
 
 
 def _critic(config: RunConfig) -> Iterator[str]:
-    """Where the critic begins: a Hugging Face directory, with or without a scalar head."""
-    yield from _weights("critic.init_from", config.critic.init_from)
-    start = config.model.init_from
+    """Where the critic begins: a Hugging Face directory, with or without a scalar head, or a
+    reward model's Megatron checkpoint.
+    """
+    named, start = config.critic.init_from, config.model.init_from
+    if not (Path(named).expanduser() / TORCH_DIST).is_file():
+        yield from _weights("critic.init_from", named)
+    else:
+        yield from _scores(named)
     derived = uses_critic(config) and not config.critic.init_from and start
     if derived and (Path(start).expanduser() / TORCH_DIST).is_file():
         yield (
             f"model.init_from={start}: a Megatron checkpoint, whose output layer the critic does "
             "not have; name a Hugging Face directory by critic.init_from"
+        )
+
+
+def _scores(named: str) -> Iterator[str]:
+    """One line unless what lies beside a Megatron checkpoint says that it is a reward model's."""
+    path = Path(named).expanduser()
+    try:
+        if (path / MANIFEST).is_file():
+            scored = read_checkpoint(path).manifest.stage == "reward_model"
+        else:  # of drivetrain-convert
+            scored = has_score_head(read_hf_config("critic.init_from", named))
+    except ValueError as error:
+        yield str(error)
+        return
+    if not scored:
+        yield (
+            f"critic.init_from={named}: a Megatron checkpoint without a score head; one of "
+            "stage=reward_model, or a Hugging Face directory"
         )
 
 

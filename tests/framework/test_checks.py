@@ -548,6 +548,19 @@ def test_trainers_start_from_a_megatron_checkpoint_and_engines_do_not(tmp_path: 
     assert "drivetrain-convert to-hf" in error
 
 
+def test_a_critic_starts_from_a_checkpoint_that_has_a_head(tmp_path: Path) -> None:
+    start = ["algorithm=ppo", f"critic.init_from={tmp_path}", f"run_dir={tmp_path / 'run'}"]
+    (tmp_path / ".metadata").touch()
+    for architecture, said in (
+        ("Qwen3ForCausalLM", [f"critic.init_from={tmp_path}: a Megatron checkpoint without a"]),
+        ("Qwen3ForSequenceClassification", []),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        errors = check_config(compose_config(start))
+        assert len(errors) == len(said)
+        assert all(error.startswith(each) for error, each in zip(errors, said, strict=True))
+
+
 def test_weights_that_cannot_be_verified_are_not_called_verified() -> None:
     model = ["model.hf_path=hf_configs/glm_4_5", "dry_run=true"]
     (error,) = check_config(compose_config(model))

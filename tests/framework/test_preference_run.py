@@ -3,18 +3,44 @@
 Ranks are forked from this process, which has imported megatron-core once.
 """
 
+import functools
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from framework.config import AlgorithmConfig, ModelConfig, RunConfig
+from framework.config_critic import CriticConfig
+from framework.critic import build_critic
+from framework.megatron.parallel import start_mesh, stop_mesh
+from framework.path_checks import path_errors
 from rollout.config import DataConfig
 from rollout.preferences import open_preferences
 from rollout.tokens import Chat
+from tests.forked_ranks import run_ranks
 from tests.framework.forked_run import rows, train
 
 pytestmark = pytest.mark.timeout(240)
+
+
+def _compare_critics(run_dir, _) -> None:
+    """One begins with the run's Hugging Face directory, one with its checkpoint: the same."""
+    critics = []
+    for start in (run_dir / "hf", run_dir / "checkpoints" / "step_000002"):
+        config = RunConfig(
+            model=ModelConfig(hf_path=str(run_dir / "hf")),
+            algorithm=AlgorithmConfig(advantage="gae"),
+            critic=CriticConfig(init_from=str(start)),
+        )
+        assert not [error for error in path_errors(config) if "critic" in error]
+        if not critics:
+            mesh = start_mesh(config.parallel, config.seed)
+        critics.append(build_critic(config, mesh, None).model.chunks[0].state_dict())
+    stop_mesh()
+    tensors = [name for name, each in critics[0].items() if isinstance(each, torch.Tensor)]
+    assert any(critics[0][name].any() for name in tensors if name.startswith("output_layer"))
+    assert all(torch.equal(critics[0][name], critics[1][name]) for name in tensors)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +115,7 @@ def test_a_reward_model_is_what_transformers_scores_with(overrides, tiny_model_d
     start = {key: value for key, value in after[0].items() if key != "step"}
     end = {key: value for key, value in before[-1].items() if key != "step"}
     assert start == pytest.approx(end, abs=1e-6)  # the head came along
+    run_ranks("critics", 1, functools.partial(_compare_critics, first), tmp_path, 60.0)
     model = AutoModelForSequenceClassification.from_pretrained(second / "hf")
     assert type(model).__name__ == "Qwen3ForSequenceClassification"
     chat = Chat.load(str(tiny_model_dir))
