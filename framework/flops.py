@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_bridge.models.score_head import has_score_head
+
 # Forward, gradient of the input, gradient of the weight; a multiply-add each.
 _TRAINING_OPERATIONS = 3 * 2
+_FORWARD_OPERATIONS = 2
 # Frozen weights have no gradient. What adapters cost themselves is left out.
 _FROZEN_OPERATIONS = 2 * 2
 
@@ -27,6 +30,13 @@ class TrainingFlops:
         """Operations on one sequence of `length` tokens; an integer, exact."""
         return length * (self.per_token + self.per_token_squared * length)
 
+    def __add__(self, other: "TrainingFlops") -> "TrainingFlops":
+        """Of both."""
+        return TrainingFlops(
+            per_token=self.per_token + other.per_token,
+            per_token_squared=self.per_token_squared + other.per_token_squared,
+        )
+
 
 def training_flops(
     hf_config: Mapping[str, Any], padded_vocab_size: int = 0, *, frozen: bool = False
@@ -38,19 +48,35 @@ def training_flops(
         padded_vocab_size: rows of the output layer; 0: the vocabulary as it is.
         frozen: whether adapters are trained in place of the weights.
     """
+    weights, scores = _matrices(hf_config, padded_vocab_size)
+    return TrainingFlops(
+        per_token=(_FROZEN_OPERATIONS if frozen else _TRAINING_OPERATIONS) * weights,
+        per_token_squared=_TRAINING_OPERATIONS * scores // 2,
+    )
+
+
+def forward_flops(hf_config: Mapping[str, Any]) -> TrainingFlops:
+    """The same of a pass without a gradient."""
+    weights, scores = _matrices(hf_config, 0)
+    return TrainingFlops(
+        per_token=_FORWARD_OPERATIONS * weights,
+        per_token_squared=_FORWARD_OPERATIONS * scores // 2,
+    )
+
+
+def _matrices(hf_config: Mapping[str, Any], padded_vocab_size: int) -> tuple[int, int]:
+    """(weights that a token passes through, width of scores and values) of all layers."""
     attention, scores = _attention(hf_config)
     layers, hidden = hf_config["num_hidden_layers"], hf_config["hidden_size"]
     moe_layers = _num_moe_layers(hf_config)
     # A gated MLP has three matrices of hidden x ffn.
     dense = 3 * hidden * hf_config["intermediate_size"]
-    logits = hidden * (padded_vocab_size or hf_config["vocab_size"])
+    outputs = 1 if has_score_head(hf_config) else padded_vocab_size or hf_config["vocab_size"]
+    logits = hidden * outputs
     weights = layers * attention + (layers - moe_layers) * dense + logits
     if moe_layers:
         weights += moe_layers * 3 * hidden * _active_ffn_size(hf_config)
-    return TrainingFlops(
-        per_token=(_FROZEN_OPERATIONS if frozen else _TRAINING_OPERATIONS) * weights,
-        per_token_squared=_TRAINING_OPERATIONS * layers * scores // 2,
-    )
+    return weights, layers * scores
 
 
 def _attention(hf: Mapping[str, Any]) -> tuple[int, int]:

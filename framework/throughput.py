@@ -23,9 +23,10 @@ def train_figures(
 ) -> dict[str, float]:
     """Figures of training on sequences of `lengths` tokens, unpadded, in `train_s` seconds.
 
-    Model operations as `flops` counts them: forward and backward once, without recomputation and
-    without the extra log-prob passes, whose time is in train_s. So perf/mfu (arXiv 2204.02311,
-    appendix B) counts useful work only; it is there where the device's peak is known.
+    Model operations as `flops` counts them: forward and backward of policy and critic, and the
+    passes of reference, old policy and critic that the algorithm asks for; not recomputation, nor
+    the gate's pass before the first update, whose time is in train_s. perf/mfu (arXiv 2204.02311,
+    appendix B) is there where the device's peak is known.
     """
     operations = sum(map(flops, lengths))
     per_rank = operations / train_s / num_ranks

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from framework.batching import UpdatePlan, plan_step
 from framework.config import RunConfig
-from framework.flops import training_flops
+from framework.flops import forward_flops, training_flops
 from framework.gate import check_gate
 from framework.lora_checks import uses_lora
 from framework.megatron.checkpoint import CheckpointWriter
@@ -61,6 +61,18 @@ class Trainer:
         self.num_updates = 1 if sft else self.config.algorithm.updates_per_step
         self.objective = build_objective(self.config)
         self.prepare(1.0 if sft else self.config.rollout.sampling.temperature)
+        algorithm = self.config.algorithm
+        self.old_pass = (
+            (self.num_updates > 1 and algorithm.old_logprobs == "trainer")
+            or algorithm.recompute_old_logprobs
+            or algorithm.kl_reward_coef > 0
+            or self.objective.selection is not None
+        )
+        if self.old_pass:
+            self.step_flops += forward_flops(self.policy.hf_config)
+        if self.critic is not None:
+            of_critic = self.critic.model.hf_config
+            self.step_flops += forward_flops(of_critic) + training_flops(of_critic)
 
     def prepare(self, temperature: float) -> None:
         """What every kind of step needs."""
@@ -70,6 +82,9 @@ class Trainer:
         cp = self.mesh.layout.cp
         self.length_multiple = 2 * cp if cp > 1 else 1
         self.flops = training_flops(self.policy.hf_config, frozen=uses_lora(self.config))
+        self.step_flops = self.flops
+        if self.reference is not None:
+            self.step_flops += forward_flops(self.policy.hf_config)
         self.phases = Phases()
         self.watchdog = Watchdog(f"trainer rank {self.mesh.rank}", self.config.cluster.watchdog_s)
 
@@ -111,7 +126,7 @@ class Trainer:
         end = time.perf_counter()
         times = step_figures(
             [info.prompt_length + info.response_length for info in batch.samples],
-            self.flops,
+            self.step_flops,
             wait_s=taken - start,
             train_s=trained - taken,
             sync_s=end - trained,
@@ -171,10 +186,7 @@ class Trainer:
         gate = begins and self.config.gate.enabled and batch.staleness_max == 0
         if begins and not gate and self.mesh.rank == 0:
             print("gate: not checked: switched off, or a batch of older versions", flush=True)
-        algorithm = self.config.algorithm
-        several = len(updates) > 1 and algorithm.old_logprobs == "trainer"
-        wanted = algorithm.recompute_old_logprobs or algorithm.kl_reward_coef > 0
-        if gate or several or wanted or self.objective.selection is not None:
+        if gate or self.old_pass:
             with self.phases.measure("old_logprobs"):
                 for microbatches in updates:
                     self.runner.logprobs(microbatches)

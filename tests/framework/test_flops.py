@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from framework.flops import training_flops
+from framework.flops import forward_flops, training_flops
+from megatron_bridge.models.score_head import score_config
 
 DENSE = {
     "num_hidden_layers": 28,
@@ -132,3 +133,17 @@ def test_a_mixture_counts_its_active_experts():
     assert training_flops(MOE).per_token / 6 == pytest.approx(3.04e9, rel=0.01)
     assert training_flops({**MOE, "num_experts": 512}) == training_flops(MOE)
     assert training_flops(MOE, 152_064).per_token > training_flops(MOE).per_token
+
+
+@pytest.mark.parametrize("hf", [DENSE, MOE, DEEPSEEK])
+def test_a_pass_without_a_gradient_is_a_third_and_passes_add_up(hf):
+    """A step with a reference policy costs four passes of the forward kind."""
+    training, forward = training_flops(hf), forward_flops(hf)
+    assert training(100) == 3 * forward(100)
+    assert (training + forward)(100) == 4 * forward(100)
+
+
+def test_a_critic_has_one_output():
+    hf = {**DENSE, "architectures": ["Qwen3ForCausalLM"]}
+    of_outputs = training_flops(hf)(7) - training_flops(score_config(hf))(7)
+    assert of_outputs == 7 * 6 * DENSE["hidden_size"] * (DENSE["vocab_size"] - 1)
