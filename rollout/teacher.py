@@ -84,7 +84,7 @@ class Teacher:
         """
         asked = [sample for sample in samples if sample.status is not Status.FAILED]
         found = {id(s): row for s, row in zip(asked, await self._ask(asked), strict=True)}
-        nobody = [(0.0, 0, None)] * self._top_k
+        nobody: list[Scored] = [(0.0, 0, None)] * self._top_k
         for sample in samples:
             if id(sample) not in found:
                 found[id(sample)] = {
