@@ -39,7 +39,7 @@ def _shared_memory(config: RunConfig) -> Iterator[str]:
             f"{key}: shared memory of one host, cluster.num_nodes={cluster.num_nodes}; "
             "use distributed or disk"
         )
-    if not _on_gpus(config):
+    if not on_gpus(config):
         return
     one = engine.num_engines == 1 and engine.tp == config.parallel.world_size
     if not (engine.colocated and one):
@@ -54,7 +54,8 @@ def _shared_memory(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _on_gpus(config: RunConfig) -> bool:
+def on_gpus(config: RunConfig) -> bool:
+    """Whether engines would run on GPUs."""
     slurm = config.cluster.launcher == "slurm"
     return config.rollout.engine.device != "cpu" and (slurm or bool(visible_gpus()))
 
@@ -92,7 +93,7 @@ def colocation_errors(config: RunConfig) -> Iterator[str]:
             f"weight_sync.transport=delta: an engine that slept holds nothing that could change "
             f"({key}); use tensor or disk"
         )
-    if _on_gpus(config) and transport in ("distributed", "direct"):
+    if on_gpus(config) and transport in ("distributed", "direct"):
         yield (
             f"weight_sync.transport={transport}: NCCL takes no device twice ({key}); use tensor "
             "where one engine has all the trainers' devices, else disk"

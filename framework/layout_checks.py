@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+from framework.cluster_checks import on_gpus
 from framework.config import ParallelConfig, RunConfig
 from framework.model_shape import ModelShape
 from framework.preference_checks import needs_reference
 
-WITHOUT_ENGINE_TABLE = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
-"""Architectures whose weights can be pushed but not compared tensor by tensor."""
+FUSED_SHARED_EXPERTS = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
+"""Architectures whose shared expert SGLang makes one of the routed ones, on GPUs and unasked."""
 
 
 def layout_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
@@ -35,26 +36,36 @@ def layout_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
             f"model.hf_path={config.model.hf_path}: SGLang serves Qwen3-MoE only with experts in "
             "every layer and tie_word_embeddings=false"
         )
-    if engines and shape.architecture in WITHOUT_ENGINE_TABLE and config.weight_sync.verify:
-        yield (
-            f"weight_sync.verify=True: SGLang's layout of {shape.architecture} is not known here, "
-            "so its checksums cannot be compared with ours; set it to false"
-        )
-    transport = config.weight_sync.transport
-    by_parameter = transport in ("direct", "delta")
-    if engines and shape.architecture in WITHOUT_ENGINE_TABLE and by_parameter:
-        yield (
-            f"weight_sync.transport={transport}: SGLang's layout of {shape.architecture} is not "
-            "known here, so nobody can say which part goes where; use distributed"
-        )
-    quantized = config.rollout.engine.args.get("quantization")
-    if engines and by_parameter and quantized is not None:
-        yield (
-            f"weight_sync.transport={transport}: writes into the parameters of the model, and "
-            f"rollout.engine.args.quantization={quantized} gives engines others; use distributed"
-        )
+    if engines:
+        yield from _engine_table(config, shape.architecture)
     if not config.model.hf_path:
         yield from _tiny(config)
+
+
+def _engine_table(config: RunConfig, architecture: str) -> Iterator[str]:
+    sync, engine = config.weight_sync, config.rollout.engine
+    by_parameter = sync.transport in ("direct", "delta")
+    fuses = architecture in FUSED_SHARED_EXPERTS and on_gpus(config) and not engine.urls
+    if fuses and not engine.args.get("disable_shared_experts_fusion"):
+        needs = [f"weight_sync.transport={sync.transport}"] * by_parameter
+        for key in [*needs, *["weight_sync.verify=True"] * sync.verify]:
+            yield (
+                f"{key}: on GPUs SGLang puts the shared expert of {architecture} among the routed "
+                "ones, where its parts are not known here; set "
+                "+rollout.engine.args.disable_shared_experts_fusion=true"
+            )
+    latent = architecture == "DeepseekV3ForCausalLM"
+    if latent and not (on_gpus(config) or engine.urls or engine.deterministic):
+        yield (
+            "rollout.engine.deterministic=False: on a CPU SGLang computes latent attention right "
+            "only with deterministic inference; set it to true"
+        )
+    quantized = engine.args.get("quantization")
+    if by_parameter and quantized is not None:
+        yield (
+            f"weight_sync.transport={sync.transport}: writes into the parameters of the model, and "
+            f"rollout.engine.args.quantization={quantized} gives engines others; use distributed"
+        )
 
 
 def _tensor_parallel(parallel: ParallelConfig, shape: ModelShape) -> Iterator[str]:

@@ -9,14 +9,15 @@ context-parallel replicas, tensors whole on every tensor-parallel rank), the lea
                 once, cut into segments that no rank sends or receives too much in
     piece       a segment in one layer of the model, its senders shuffled among replicas so that
                 loads stay even over the layers
-    round       pieces that travel together
+    round       pieces that travel together, in one type; what stays in float32 comes last
 
 A rank expands what it sends itself and nothing else: a plan costs O(layers) beside its templates.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -24,9 +25,11 @@ import torch
 
 from megatron_bridge.direct_template import DirectTemplates, Transfer
 from megatron_bridge.export_plan import ExportPlan
-from megatron_bridge.layout import Layout
-from megatron_bridge.mapping import float32_names, layer_name
+from megatron_bridge.mapping import layer_name
 from megatron_bridge.models.architecture import Section
+
+_FIRST = frozenset({Section.EMBEDDING})
+"""What comes before the layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +43,18 @@ class Segment:
     @cached_property
     def by_sender(self) -> dict[int, tuple[Transfer, ...]]:
         """Number in the stage -> its transfers, in order."""
-        return {sender: tuple(each) for sender, each in _grouped(self.transfers, "sender").items()}
+        found: dict[int, list[Transfer]] = {}
+        for each in self.transfers:
+            found.setdefault(each.sender, []).append(each)
+        return {sender: tuple(transfers) for sender, transfers in found.items()}
 
     @cached_property
-    def by_receiver(self) -> dict[int, tuple[Transfer, ...]]:
-        """Engine rank -> its transfers, in order."""
-        grouped = _grouped(self.transfers, "receiver")
-        return {receiver: tuple(each) for receiver, each in grouped.items()}
+    def by_receiver(self) -> dict[int, dict[int, list[Transfer]]]:
+        """Engine rank -> number in the stage -> the transfers between them, in order."""
+        found: dict[int, dict[int, list[Transfer]]] = {}
+        for each in self.transfers:
+            found.setdefault(each.receiver, {}).setdefault(each.sender, []).append(each)
+        return found
 
     @cached_property
     def sent(self) -> dict[int, int]:
@@ -56,7 +64,14 @@ class Segment:
     @cached_property
     def received(self) -> dict[int, int]:
         """Engine rank -> elements."""
-        return {who: sum(t.numel for t in each) for who, each in self.by_receiver.items()}
+        return {
+            who: sum(t.numel for transfers in by_sender.values() for t in transfers)
+            for who, by_sender in self.by_receiver.items()
+        }
+
+
+Cut = dict[frozenset[Section], list[Segment]]
+"""Part of the model -> its template in segments."""
 
 
 class Piece(NamedTuple):
@@ -92,6 +107,11 @@ class Round:
         """Elements that all ranks send."""
         return sum(n for piece in self.pieces for n in piece.segment.sent.values())
 
+    @property
+    def size_bytes(self) -> int:
+        """What all ranks send."""
+        return self.numel * self.dtype.itemsize
+
     def sent_by(self, rank: int) -> dict[int, list[Transfer]]:
         """Receiver -> what trainer rank `rank` sends it."""
         found: dict[int, list[Transfer]] = {}
@@ -116,82 +136,106 @@ class DirectPlan:
     def rounds(self) -> tuple[Round, ...]:
         """In the order of the layers; no rank sends or receives more than about bucket_bytes in one
         round."""
-        return tuple(self._fill())
+        load: dict[int, int] = {}
+        return tuple(
+            each
+            for dtype, cut in self._templates().items()
+            for each in self._fill(self._pieces(cut, load), dtype)
+        )
 
     def expected(self, receiver: int) -> dict[str, Any]:
-        """What an engine rank must know of the pieces that bring it something, as JSON.
+        """What an engine rank must know of what comes to it, as JSON.
 
-        segments: [[number in the stage, [[parameter, lead, start, size]...]]...] each, names with
-        {layer}. rounds: [[segment, number of the layer, trainer ranks of the stage]...] each.
+        segments: [number, [[number in the stage, [[parameter, lead, start, size]...]]...]] each of
+        those that bring it something, names with {layer}. rounds: [type, [[segment, number of the
+        layer, trainer ranks of the stage]...]] each, those of others too.
         """
-        segments: dict[int, tuple[int, list[Any]]] = {}
-        rounds = []
-        for each in self.rounds:
-            found = []
-            for piece in each.pieces:
-                mine = piece.segment.by_receiver.get(receiver, ())
-                if not mine:
-                    continue
-                if piece.segment.number not in segments:
-                    parts = [
-                        [sender, [list(transfer.target) for transfer in transfers]]
-                        for sender, transfers in _grouped(mine, "sender").items()
-                    ]
-                    segments[piece.segment.number] = len(segments), parts
-                layer = piece.layer[1] if piece.layer is not None else 0
-                found.append([segments[piece.segment.number][0], layer, piece.ranks])
-            if found:
-                rounds.append(found)
+        segments = {
+            segment.number: segment.by_receiver[receiver]
+            for segment in self._distinct
+            if receiver in segment.by_receiver
+        }
         return {
-            "dtype": str(self.export.dtype).removeprefix("torch."),
-            "segments": [parts for _, parts in segments.values()],
-            "rounds": rounds,
+            "segments": [
+                [number, [[who, [t.target for t in ts]] for who, ts in by_sender.items()]]
+                for number, by_sender in segments.items()
+            ],
+            "rounds": self._told,
         }
 
-    @property
-    def _limit(self) -> int:
-        """Elements that a rank sends or receives in a round."""
-        return self.export.bucket_bytes // self.export.dtype.itemsize
+    @cached_property
+    def _distinct(self) -> list[Segment]:
+        """Every segment that is needed somewhere, once."""
+        pieces = (piece for each in self.rounds for piece in each.pieces)
+        return list({piece.segment.number: piece.segment for piece in pieces}.values())
 
-    def _fill(self) -> Iterator[Round]:
+    @cached_property
+    def _told(self) -> list[Any]:
+        """The rounds, as all engine ranks are told them."""
+        return [
+            [
+                str(each.dtype).removeprefix("torch."),
+                [[p.segment.number, p.layer[1] if p.layer else 0, p.ranks] for p in each.pieces],
+            ]
+            for each in self.rounds
+        ]
+
+    def _limit(self, dtype: torch.dtype) -> int:
+        """Elements that a rank sends or receives in a round."""
+        return self.export.bucket_bytes // dtype.itemsize
+
+    def _fill(self, pieces: Iterable[Piece], dtype: torch.dtype) -> Iterator[Round]:
         """As many pieces as fit into each round, in order."""
         held: list[Piece] = []
         filled: dict[tuple[str, int], int] = {}
-        for piece in self._pieces():
+        for piece in pieces:
             ends = {("from", piece.ranks[who]): n for who, n in piece.segment.sent.items()}
             ends |= {("to", who): n for who, n in piece.segment.received.items()}
             together = {end: filled.get(end, 0) + n for end, n in ends.items()}
-            if held and max(*together.values(), *filled.values()) > self._limit:
-                yield Round(tuple(held), self.export.dtype)
+            if held and max(*together.values(), *filled.values()) > self._limit(dtype):
+                yield Round(tuple(held), dtype)
                 held, filled, together = [], {}, ends
             held.append(piece)
             filled |= together
         if held:
-            yield Round(tuple(held), self.export.dtype)
+            yield Round(tuple(held), dtype)
 
-    def _pieces(self) -> Iterator[Piece]:
-        """Embedding, layers, output. Engines whose tables are known hold one type alone."""
-        assert not float32_names(self.export.model)
-        model, layout = self.export.model, self.export.layout
-        last = layout.pp - 1
-        ends = {Section.FINAL} if model.shape.tied else {Section.FINAL, Section.OUTPUT}
-        load: dict[int, int] = {}
-        parts = [frozenset({Section.EMBEDDING}), *model.shape.layer_kinds, frozenset(ends)]
+    def _templates(self) -> dict[torch.dtype, Cut]:
+        """Type of the rounds -> part of the model -> its template, in segments."""
+        model = self.export.model
+        kept = {tensor.name for tensor in model.architecture.tensors if tensor.float32}
+        in_float32 = {row.name for row in model.architecture.engine_rows if kept & {*row.tensors}}
         templates = DirectTemplates(
             export=self.export,
             engine_tp=self.engine_tp,
             num_engines=self.num_engines,
             engine_device=self.engine_device,
         )
-        cut: dict[Set[Section], list[Segment]] = {}
-        for part in parts:
-            number = sum(len(segments) for segments in cut.values())
-            cut[part] = list(self._segments(templates.transfers(part), number))
-        yield from self._place(cut[parts[0]], 0, 0, None, load)
-        for pp, chunk, local, layer in _layers(layout, model.shape.num_layers):
+        found: dict[torch.dtype, Cut] = {self.export.dtype: {}, torch.float32: {}}
+        numbers = count()
+        for part in (_FIRST, *model.shape.layer_kinds, self._last):
+            transfers: dict[torch.dtype, list[Transfer]] = {dtype: [] for dtype in found}
+            for each in templates.transfers(part):
+                narrow = each.target.parameter not in in_float32
+                transfers[self.export.dtype if narrow else torch.float32].append(each)
+            for dtype, cut in found.items():
+                cut[part] = list(self._segments(transfers[dtype], dtype, numbers))
+        return found
+
+    @property
+    def _last(self) -> frozenset[Section]:
+        """What comes after the layers."""
+        tied = self.export.model.shape.tied
+        return frozenset({Section.FINAL} if tied else {Section.FINAL, Section.OUTPUT})
+
+    def _pieces(self, cut: Cut, load: dict[int, int]) -> Iterator[Piece]:
+        """Embedding, layers, output."""
+        model, layout = self.export.model, self.export.layout
+        yield from self._place(cut[_FIRST], 0, 0, None, load)
+        for pp, chunk, local, layer in layout.layers(model.shape.num_layers):
             segments = cut[model.shape.layer_sections(layer)]
             yield from self._place(segments, pp, chunk, (local, layer), load)
-        yield from self._place(cut[parts[-1]], last, layout.vpp - 1, None, load)
+        yield from self._place(cut[self._last], layout.pp - 1, layout.vpp - 1, None, load)
 
     def _place(
         self,
@@ -222,41 +266,22 @@ class DirectPlan:
         for segment in segments:
             yield Piece(segment, tuple(ranks), chunk, layer)
 
-    def _segments(self, transfers: list[Transfer], number: int) -> Iterator[Segment]:
+    def _segments(
+        self, transfers: list[Transfer], dtype: torch.dtype, numbers: Iterator[int]
+    ) -> Iterator[Segment]:
         """A template in parts that fit into a round; a transfer that does not travels by itself."""
-        held: list[Transfer] = []
-        filled: dict[tuple[str, int], int] = {}
-        largest = 0
+        limit, held, largest = self._limit(dtype), [], 0
+        sent: dict[int, int] = {}
+        received: dict[int, int] = {}
         for each in transfers:
-            ends = (("from", each.sender), ("to", each.receiver))
-            most = max(filled.get(end, 0) for end in ends) + each.numel
-            if held and max(most, largest) > self._limit:
-                yield Segment(number, tuple(held))
-                number, held, filled, largest = number + 1, [], {}, 0
-                most = each.numel
+            out = sent.get(each.sender, 0) + each.numel
+            into = received.get(each.receiver, 0) + each.numel
+            if held and max(out, into, largest) > limit:
+                yield Segment(next(numbers), tuple(held))
+                held, sent, received, largest = [], {}, {}, 0
+                out = into = each.numel
             held.append(each)
-            largest = max(largest, most)
-            for end in ends:
-                filled[end] = filled.get(end, 0) + each.numel
+            sent[each.sender], received[each.receiver] = out, into
+            largest = max(out, into, largest)
         if held:
-            yield Segment(number, tuple(held))
-
-
-def _layers(layout: Layout, num_layers: int) -> Iterator[tuple[int, int, int, int]]:
-    """(stage, chunk, number in the chunk, number in the model) of every layer, in order."""
-    found = [
-        (layer, pp, chunk, local)
-        for pp in range(layout.pp)
-        for chunk in range(layout.vpp)
-        for local, layer in enumerate(layout.chunk_layers(num_layers, pp, chunk))
-    ]
-    for layer, pp, chunk, local in sorted(found):
-        yield pp, chunk, local, layer
-
-
-def _grouped(transfers: Sequence[Transfer], end: str) -> dict[int, list[Transfer]]:
-    """By "sender" or "receiver", each in order."""
-    found: dict[int, list[Transfer]] = {}
-    for each in transfers:
-        found.setdefault(getattr(each, end), []).append(each)
-    return found
+            yield Segment(next(numbers), tuple(held))

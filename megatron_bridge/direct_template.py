@@ -53,19 +53,14 @@ class Transfer(NamedTuple):
     numel: int
 
 
-class _Holder(NamedTuple):
-    """Ranks (of a stage, from its first) that hold a source box, and where."""
-
-    ranks: tuple[int, ...]
-    part: Part
-
-
 class _Cut(NamedTuple):
     """A part of an engine rank's parameter, and everybody in a stage who holds it."""
 
     engine_rank: int
     target: Part
-    holders: tuple[_Holder, ...]
+    numel: int
+    holders: tuple[tuple[int, Part], ...]
+    """Rank of the stage, counted from its first, and where in it; lowest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,19 +83,18 @@ class DirectTemplates:
         cuts: dict[int, dict[tuple[int, ...], list[_Cut]]] = {}
         for cut in self._cuts(sections):
             alike = cuts.setdefault(cut.engine_rank, {})
-            alike.setdefault(cut.holders[0].ranks, []).append(cut)
+            alike.setdefault(tuple(rank for rank, _ in cut.holders), []).append(cut)
         for turn in zip_longest(*(_in_turns(alike.values()) for alike in cuts.values())):
             for engine, cut in product(range(self.num_engines), turn):
                 if cut is None:
                     continue
-                holder, who = min(
-                    ((h, rank) for h in cut.holders for rank in h.ranks),
-                    key=lambda each: (load[each[1]], each[1]),
-                )
-                numel = prod(cut.target.size)
-                load[who] += numel
+                who, source = cut.holders[0]
+                for rank, part in cut.holders[1:]:
+                    if load[rank] < load[who]:
+                        who, source = rank, part
+                load[who] += cut.numel
                 receiver = engine * self.engine_tp + cut.engine_rank
-                found.append(Transfer(who, 0, holder.part, receiver, cut.target, numel))
+                found.append(Transfer(who, 0, source, receiver, cut.target, cut.numel))
         return found
 
     def _cuts(self, sections: Set[Section]) -> list[_Cut]:
@@ -166,11 +160,14 @@ def _intersection(box: Box, start: Index, size: Index) -> tuple[Index, Index] | 
 
 
 def _cut(rank: int, parameter: str, box: Box, common: tuple[Index, Index], held: list) -> _Cut:
-    return _Cut(
-        rank,
-        _part(parameter, box, common),
-        tuple(_Holder(ranks, _part(name, source, common)) for ranks, name, source in held),
-    )
+    holding = [
+        (rank_of_stage, part)
+        for ranks, name, source in held
+        for part in (_part(name, source, common),)
+        for rank_of_stage in ranks
+    ]
+    holding.sort(key=lambda each: each[0])
+    return _Cut(rank, _part(parameter, box, common), prod(common[1]), tuple(holding))
 
 
 def _part(parameter: str, box: Box, common: tuple[Index, Index]) -> Part:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_bridge.export import Bucket
-from megatron_bridge.mapping import engine_views, hf_shapes
+from megatron_bridge.mapping import engine_float32_names, engine_views, hf_shapes
+from megatron_bridge.models import describe
 from megatron_bridge.views import Box, View
 
 
@@ -40,6 +41,7 @@ class EngineParameters:
     ) -> None:
         self.engine_tp = engine_tp
         self._dtype = dtype
+        self._float32 = engine_float32_names(describe(hf_config))
         self._shapes = hf_shapes(hf_config)
         self.all = _shared(hf_config, engine_tp, engine_device)
         self._wanted: dict[str, list[tuple[EngineParameter, Box]]] = {n: [] for n in self._shapes}
@@ -89,10 +91,11 @@ class EngineParameters:
     def _place(self, each: EngineParameter, box: Box, tensor: torch.Tensor) -> torch.Tensor | None:
         """Copy one box; the whole content when it was the last one."""
         source = tensor[box.source]
+        dtype = torch.float32 if each.name in self._float32 else self._dtype
         if each.view.shape == box.size:  # nothing to put together
-            return source.to(self._dtype)
+            return source.to(dtype)
         if each.content is None:
-            each.content = torch.zeros(each.view.shape, dtype=self._dtype, device=tensor.device)
+            each.content = torch.zeros(each.view.shape, dtype=dtype, device=tensor.device)
         each.content[box.local].copy_(source)
         each.missing -= box.numel
         if each.missing:

@@ -2,13 +2,19 @@
 
 Tensors go whole, in the order embedding, layers, final norm, output; a bucket is a run of them.
 Every box is sent once, by the first rank that holds it, replicas aside.
+
+    segment     tensors of one kind of layer, senders numbered within their stage; computed once
+    part        a segment in one layer of the model
+    bucket      parts that travel together; spelt out when somebody looks at it
+
+So a plan costs little more than the parts' number, however many experts their layers have.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,25 +22,18 @@ from megatron_bridge.hf_checkpoint import DTYPE_NAMES
 from megatron_bridge.layout import Layout
 from megatron_bridge.mapping import (
     check,
-    float32_names,
     holders,
     layer_name,
-    model_shapes,
     section_views,
-    sections,
+    template_shapes,
     trainer_place,
 )
 from megatron_bridge.models import describe
-from megatron_bridge.models.architecture import (
-    DENSE_LAYER,
-    MOE_LAYER,
-    ModelDescription,
-    Section,
-    Spec,
-)
+from megatron_bridge.models.architecture import ModelDescription, Section, Spec
 from megatron_bridge.views import Box, Index
 
-LAYER_SECTIONS = DENSE_LAYER | MOE_LAYER
+_SEGMENTS_PER_BUCKET = 8
+"""A segment has at most this part of a bucket: so little of it stays empty at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +58,64 @@ class TensorPlan:
     pieces: tuple[Piece, ...]
 
 
+class Segment(NamedTuple):
+    """Tensors that are never parted, of an embedding, a kind of layer, or what follows the layers.
+
+    Names keep their {layer}, ranks count from the first of the stage, offsets from the segment's.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    size_bytes: int
+
+
+class Part(NamedTuple):
+    """A segment where it is needed."""
+
+    segment: Segment
+    first_rank: int
+    """Of the stage."""
+    chunk: int
+    layer: tuple[int, int] | None
+    """Number in the chunk, number in the model; None: not in a layer."""
+
+    def tensors(self, offset: int) -> Iterator[TensorPlan]:
+        """The tensors of the segment by their names, `offset` bytes further."""
+        for each in self.segment.tensors:
+            pieces = tuple(self._filled(piece) for piece in each.pieces)
+            name = self._named(each.name)
+            yield TensorPlan(name, each.shape, offset + each.offset, each.size_bytes, pieces)
+
+    def _named(self, template: str) -> str:
+        return template if self.layer is None else layer_name(template, self.layer[1])
+
+    def _filled(self, piece: Piece) -> Piece:
+        prefix = "" if self.layer is None else f"decoder.layers.{self.layer[0]}."
+        box = Box(self._named(piece.box.name), *piece.box[1:])
+        rank = self.first_rank + piece.rank
+        return Piece(rank, self.chunk, prefix + piece.parameter, box)
+
+
 @dataclass(frozen=True)
 class BucketPlan:
     """Tensors that travel together."""
 
-    tensors: tuple[TensorPlan, ...]
+    parts: tuple[Part, ...]
     dtype: torch.dtype
+
+    @cached_property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """In the order of the bucket."""
+        found: list[TensorPlan] = []
+        offset = 0
+        for part in self.parts:
+            found += part.tensors(offset)
+            offset += part.segment.size_bytes
+        return tuple(found)
 
     @property
     def size_bytes(self) -> int:
         """Length of the bucket."""
-        return sum(tensor.size_bytes for tensor in self.tensors)
+        return sum(part.segment.size_bytes for part in self.parts)
 
     @cached_property
     def pieces(self) -> dict[int, tuple[Piece, ...]]:
@@ -117,53 +163,73 @@ class ExportPlan:
     @cached_property
     def buckets(self) -> tuple[BucketPlan, ...]:
         """The stream."""
-        shapes, kept = model_shapes(self.model), float32_names(self.model)
-        if self.dtype is torch.float32 or not kept:
-            return tuple(self._fill(shapes, self.dtype))
-        cast = {name: shape for name, shape in shapes.items() if name not in kept}
-        rest = {name: shape for name, shape in shapes.items() if name in kept}
-        return (*self._fill(cast, self.dtype), *self._fill(rest, torch.float32))
+        return tuple(
+            bucket
+            for dtype in dict.fromkeys((self.dtype, torch.float32))
+            for bucket in self._fill(dtype)
+        )
 
-    def _fill(self, shapes: Mapping[str, Index], dtype: torch.dtype) -> Iterator[BucketPlan]:
-        """Tensors of one type, in order, into buckets."""
-        tensors: list[TensorPlan] = []
+    def _fill(self, dtype: torch.dtype) -> Iterator[BucketPlan]:
+        """Parts of one type, in order, into buckets."""
+        held: list[Part] = []
         filled = 0
-        for name, shape in shapes.items():
-            size = prod(shape) * dtype.itemsize
-            if tensors and filled + size > self.bucket_bytes:
-                yield BucketPlan(tuple(tensors), dtype)
-                tensors, filled = [], 0
-            tensors.append(TensorPlan(name, shape, filled, size, tuple(self._pieces[name])))
+        for part in self._parts(dtype):
+            size = part.segment.size_bytes
+            if held and filled + size > self.bucket_bytes:
+                yield BucketPlan(tuple(held), dtype)
+                held, filled = [], 0
+            held.append(part)
             filled += size
-        yield BucketPlan(tuple(tensors), dtype)
+        if held:
+            yield BucketPlan(tuple(held), dtype)
 
-    @cached_property
-    def _pieces(self) -> dict[str, list[Piece]]:
-        """Hugging Face name -> its pieces."""
-        model, layout = self.model, self.layout
+    def _parts(self, dtype: torch.dtype) -> Iterator[Part]:
+        """Embedding, layers, what follows them."""
+        shape, layout = self.model.shape, self.layout
+        kinds = {kind: list(self._segments(kind, dtype)) for kind in shape.layer_kinds}
+        last = {Section.FINAL} if shape.tied else {Section.FINAL, Section.OUTPUT}
+        for segment in self._segments({Section.EMBEDDING}, dtype):
+            yield Part(segment, 0, 0, None)
+        for pp, chunk, local, number in layout.layers(shape.num_layers):
+            first = layout.rank(pp=pp)
+            for segment in kinds[shape.layer_sections(number)]:
+                yield Part(segment, first, chunk, (local, number))
+        for segment in self._segments(last, dtype):
+            yield Part(segment, layout.rank(pp=layout.pp - 1), layout.vpp - 1, None)
+
+    def _segments(self, sections: Set[Section], dtype: torch.dtype) -> Iterator[Segment]:
+        """What travels as `dtype` of some sections, tensors that belong together unparted."""
+        held: list[TensorPlan] = []
+        filled = 0
+        for tensors in self._together(sections, dtype):
+            size = sum(tensor.size_bytes for tensor in tensors)
+            if held and (filled + size) * _SEGMENTS_PER_BUCKET > self.bucket_bytes:
+                yield Segment(tuple(held), filled)
+                held, filled = [], 0
+            for tensor in tensors:
+                held.append(replace(tensor, offset=filled))
+                filled += tensor.size_bytes
+        if held:
+            yield Segment(tuple(held), filled)
+
+    def _together(self, sections: Set[Section], dtype: torch.dtype) -> Iterator[list[TensorPlan]]:
+        """Tensors of some sections that travel as `dtype`; mostly each by itself."""
+        architecture = self.model.architecture
+        kept = {tensor.name for tensor in architecture.tensors if tensor.float32}
         pieces: dict[str, list[Piece]] = {}
-        boxes = {section: list(self._section_boxes(section)) for section in sorted(LAYER_SECTIONS)}
-        for pp in range(layout.pp):
-            for chunk in range(layout.vpp):
-                for section in sections(model, layout, pp, chunk):
-                    if section is Section.TIED_OUTPUT:
-                        continue  # the first stage sends the embedding
-                    for rank, name, box in self._section_boxes(section):
-                        piece = Piece(layout.rank(pp=pp) + rank, chunk, name, box)
-                        pieces.setdefault(box.name, []).append(piece)
-                layers = layout.chunk_layers(model.shape.num_layers, pp, chunk)
-                for local, layer in enumerate(layers):
-                    parts = sorted(model.shape.layer_sections(layer))
-                    for rank, name, box in (each for part in parts for each in boxes[part]):
-                        hf_name = layer_name(box.name, layer)
-                        piece = Piece(
-                            layout.rank(pp=pp) + rank,
-                            chunk,
-                            f"decoder.layers.{local}.{name}",
-                            Box(hf_name, *box[1:]),
-                        )
-                        pieces.setdefault(hf_name, []).append(piece)
-        return pieces
+        for section in sorted(sections):
+            for rank, name, box in self._section_boxes(section):
+                pieces.setdefault(box.name, []).append(Piece(rank, 0, name, box))
+        neighbours = {each: run for run in architecture.together for each in run}
+        run: list[TensorPlan] = []
+        for name, shape in template_shapes(self.model, frozenset(sections)).items():
+            if (torch.float32 if name in kept else self.dtype) is not dtype:
+                continue
+            size = prod(shape) * dtype.itemsize
+            run.append(TensorPlan(name, shape, 0, size, tuple(pieces[name])))
+            if name == neighbours.get(name, (name,))[-1]:
+                yield run
+                run = []
 
     def _section_boxes(self, section: Section) -> Iterator[tuple[int, str, Box]]:
         """Rank in its stage, local name and box, every box once, at the first rank with it."""

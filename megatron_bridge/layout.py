@@ -94,6 +94,16 @@ class Layout:
         first = chunk * sum(sizes) + sum(sizes[:pp])
         return range(first, first + sizes[pp])
 
+    def layers(self, num_layers: int) -> list[tuple[int, int, int, int]]:
+        """(stage, chunk, number in the chunk, number in the model) of every layer, in order."""
+        found = [
+            (layer, pp, chunk, local)
+            for pp in range(self.pp)
+            for chunk in range(self.vpp)
+            for local, layer in enumerate(self.chunk_layers(num_layers, pp, chunk))
+        ]
+        return [(pp, chunk, local, layer) for layer, pp, chunk, local in sorted(found)]
+
     def _chunk_sizes(self, num_layers: int) -> list[int]:
         """Layers of one chunk of each stage."""
         ends = self.first_stage_layers + self.last_stage_layers

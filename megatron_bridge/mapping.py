@@ -207,6 +207,13 @@ def engine_section_views(
     return {row.name: view for row, view in section_views(model, section, place, rows)}
 
 
+def engine_float32_names(model: ModelDescription) -> set[str]:
+    """SGLang's parameters that are in float32 whatever the type of the engine."""
+    rows = [row for row in model.architecture.engine_rows if row.float32]
+    layers = range(model.shape.num_layers)
+    return {layer_name(row.name, layer) for row in rows for layer in layers}
+
+
 def _engine_place(model: ModelDescription, tp: int, rank: int, device: str) -> Place:
     """What the rules need to know of an engine rank."""
     shape = model.shape

@@ -41,10 +41,10 @@ class DirectPush(Transport):
         self._world = context.plan.layout.world_size
         self._urls: list[str] = []
         self._group: Any = None
-        self._rounds: list[dict[int, list[Transfer]]] = []
-        """Engine rank -> what this rank sends it, round by round."""
-        self._numel = 0
-        """Elements that all ranks send."""
+        self._rounds: list[tuple[torch.dtype, dict[int, list[Transfer]]]] = []
+        """Type, and engine rank -> what this rank sends it; round by round."""
+        self._size_bytes = 0
+        """What all ranks send."""
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
 
     def send(
@@ -83,7 +83,7 @@ class DirectPush(Transport):
         for bucket in buckets if verifier is not None else ():
             assert verifier is not None
             verifier.add(bucket)
-        return self._numel * self.context.plan.dtype.itemsize // len(engines.urls)
+        return self._size_bytes // len(engines.urls)
 
     def assist(self) -> None:
         """The other ranks' part of `send`."""
@@ -142,8 +142,8 @@ class DirectPush(Transport):
             num_engines=len(self._urls),
             engine_device=context.engine_device,
         )
-        self._rounds = [each.sent_by(context.rank) for each in plan.rounds]
-        self._numel = sum(each.numel for each in plan.rounds)
+        self._rounds = [(each.dtype, each.sent_by(context.rank)) for each in plan.rounds]
+        self._size_bytes = sum(each.size_bytes for each in plan.rounds)
         world_size = self._world + tp * len(self._urls)
         replies = []
         if engines is not None:
@@ -171,10 +171,10 @@ class DirectPush(Transport):
 
     def _send_rounds(self) -> None:
         """This rank's messages of all rounds, two rounds in memory."""
-        local, dtype = whole_parameters(self.context.chunks), self.context.plan.dtype
+        local = whole_parameters(self.context.chunks)
         device = next(iter(local.values())).device
         sent: list[list[Any]] = [[], []]
-        for number, messages in enumerate(self._rounds):
+        for number, (dtype, messages) in enumerate(self._rounds):
             slot = number % 2
             for work in sent[slot]:
                 work.wait()

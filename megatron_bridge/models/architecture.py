@@ -141,6 +141,8 @@ class Row:
     """The Hugging Face tensors it is made of, in the rule's order."""
     te_name: str = ""
     """Parameter name under Transformer Engine's spec, where it differs."""
+    float32: bool = False
+    """SGLang holds it in float32 whatever the type of the model."""
 
     def local_name(self, spec: Spec) -> str:
         """Parameter name under `spec`."""
@@ -183,6 +185,8 @@ class Architecture:
     """Megatron's parameters."""
     engine_rows: tuple[Row, ...]
     """SGLang's parameters; none where their layout is not known here: no push can be verified."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """Runs of neighbours among the tensors that SGLang takes in one message or not at all."""
     variant: Callable[[Mapping[str, Any]], "Architecture"] | None = None
     """Chooses by config.json among tables that differ in their rows."""
     derived_tensors: tuple[str, ...] = ()
@@ -194,6 +198,11 @@ class Architecture:
 def replicate(place: Place, tensor: View) -> View:
     """The whole tensor on every tensor-parallel rank."""
     return tensor
+
+
+def replicate_fused(place: Place, *tensors: View) -> View:
+    """SGLang: the whole tensors one under another, on every tensor-parallel rank."""
+    return concat(0, tensors)
 
 
 def column(place: Place, tensor: View) -> View:

@@ -19,10 +19,23 @@ from megatron_bridge.models.architecture import (
     column,
     column_unless_te,
     replicate,
+    replicate_fused,
 )
 from megatron_bridge.models.config_fields import ConfigFields, read_latent_rope
-from megatron_bridge.models.llama import INPUT_NORM, LAYER, LLAMA_ROWS, LLAMA_TENSORS, O_PROJ
-from megatron_bridge.models.sigmoid_router import ROWS, TENSORS, read_sigmoid_experts
+from megatron_bridge.models.llama import (
+    INPUT_NORM,
+    LAYER,
+    LLAMA_ENGINE_ROWS,
+    LLAMA_ROWS,
+    LLAMA_TENSORS,
+    O_PROJ,
+)
+from megatron_bridge.models.sigmoid_router import (
+    ENGINE_ROWS,
+    ROWS,
+    TENSORS,
+    read_sigmoid_experts,
+)
 
 ATTENTION = f"{LAYER}self_attn."
 Q_DOWN, Q_UP = f"{ATTENTION}q_a_proj.weight", f"{ATTENTION}q_b_proj.weight"
@@ -106,11 +119,11 @@ FRAME_ROWS = tuple(each for each in LLAMA_ROWS if "linear_qkv" not in each.name 
 
 ATTENTION_TENSORS = (
     HfTensor(Section.LAYER, Q_DOWN, lambda s: (_latent(s).q_rank, s.hidden_size)),
-    HfTensor(Section.LAYER, Q_NORM, lambda s: (_latent(s).q_rank,)),
-    HfTensor(Section.LAYER, Q_UP, lambda s: (s.num_heads * s.head_dim, _latent(s).q_rank)),
     HfTensor(
         Section.LAYER, KV_DOWN, lambda s: (_latent(s).kv_rank + _latent(s).rope_dim, s.hidden_size)
     ),
+    HfTensor(Section.LAYER, Q_NORM, lambda s: (_latent(s).q_rank,)),
+    HfTensor(Section.LAYER, Q_UP, lambda s: (s.num_heads * s.head_dim, _latent(s).q_rank)),
     HfTensor(Section.LAYER, KV_NORM, lambda s: (_latent(s).kv_rank,)),
     HfTensor(
         Section.LAYER,
@@ -153,5 +166,19 @@ DEEPSEEK_V3 = Architecture(
         *_latent_rows("kv", KV_DOWN, KV_NORM, KV_UP),
         *ROWS,
     ),
-    engine_rows=(),
+    engine_rows=(
+        *(each for each in LLAMA_ENGINE_ROWS if ".qkv_proj." not in each.name),
+        Row(
+            Section.LAYER,
+            f"{ATTENTION}fused_qkv_a_proj_with_mqa.weight",
+            replicate_fused,
+            (Q_DOWN, KV_DOWN),
+        ),
+        Row(Section.LAYER, Q_NORM, replicate, (Q_NORM,)),
+        Row(Section.LAYER, Q_UP, column, (Q_UP,)),
+        Row(Section.LAYER, KV_NORM, replicate, (KV_NORM,)),
+        Row(Section.LAYER, KV_UP, column, (KV_UP,)),
+        *ENGINE_ROWS,
+    ),
+    together=((Q_DOWN, KV_DOWN),),
 )

@@ -11,8 +11,13 @@ from megatron_bridge.models.architecture import Architecture, ModelShape
 from megatron_bridge.models.config_fields import ConfigFields
 from megatron_bridge.models.llama import read_dense_config
 from megatron_bridge.models.qwen2 import QWEN2
-from megatron_bridge.models.qwen3 import QK_NORM_ROWS, QK_NORM_TENSORS
-from megatron_bridge.models.sigmoid_router import ROWS, TENSORS, read_sigmoid_experts
+from megatron_bridge.models.qwen3 import QK_NORM_ENGINE_ROWS, QK_NORM_ROWS, QK_NORM_TENSORS
+from megatron_bridge.models.sigmoid_router import (
+    ENGINE_ROWS_FLOAT32_ROUTER,
+    ROWS,
+    TENSORS,
+    read_sigmoid_experts,
+)
 
 
 def read_config(
@@ -42,12 +47,13 @@ WITHOUT_QK_NORM = Architecture(
     read_config=read_config,
     tensors=(*QWEN2.tensors, *TENSORS),
     rows=(*QWEN2.rows, *ROWS),
-    engine_rows=(),
+    engine_rows=(*QWEN2.engine_rows, *ENGINE_ROWS_FLOAT32_ROUTER),
 )
 WITH_QK_NORM = replace(
     WITHOUT_QK_NORM,
     tensors=(*WITHOUT_QK_NORM.tensors, *QK_NORM_TENSORS),
     rows=(*WITHOUT_QK_NORM.rows, *QK_NORM_ROWS),
+    engine_rows=(*WITHOUT_QK_NORM.engine_rows, *QK_NORM_ENGINE_ROWS),
 )
 GLM4_MOE = replace(
     WITHOUT_QK_NORM,

@@ -53,15 +53,15 @@ QK_NORM_ROWS = (
     Row(Section.LAYER, "self_attention.q_layernorm.weight", replicate, (Q_NORM,)),
     Row(Section.LAYER, "self_attention.k_layernorm.weight", replicate, (K_NORM,)),
 )
+QK_NORM_ENGINE_ROWS = (
+    Row(Section.LAYER, Q_NORM, replicate, (Q_NORM,)),
+    Row(Section.LAYER, K_NORM, replicate, (K_NORM,)),
+)
 
 QWEN3 = Architecture(
     name="Qwen3ForCausalLM",
     read_config=read_config,
     tensors=(*LLAMA_TENSORS, *QK_NORM_TENSORS),
     rows=(*LLAMA_ROWS, *QK_NORM_ROWS),
-    engine_rows=(
-        *LLAMA_ENGINE_ROWS,
-        Row(Section.LAYER, Q_NORM, replicate, (Q_NORM,)),
-        Row(Section.LAYER, K_NORM, replicate, (K_NORM,)),
-    ),
+    engine_rows=(*LLAMA_ENGINE_ROWS, *QK_NORM_ENGINE_ROWS),
 )

@@ -12,12 +12,19 @@ from megatron_bridge.models.architecture import (
     ModelShape,
     Row,
     Section,
+    engine_down,
+    engine_gated,
     gated,
     replicate,
     row,
 )
 from megatron_bridge.models.config_fields import ConfigFields
-from megatron_bridge.models.experts import expert_names, expert_rows, expert_tensors
+from megatron_bridge.models.experts import (
+    engine_expert_rows,
+    expert_names,
+    expert_rows,
+    expert_tensors,
+)
 from megatron_bridge.models.llama import LAYER
 
 ROUTER = f"{LAYER}mlp.gate.weight"
@@ -39,6 +46,19 @@ ROWS = (
     Row(Section.MOE, "mlp.router.expert_bias", replicate, (ROUTER_BIAS,)),
     Row(Section.MOE, "mlp.shared_experts.linear_fc1.weight", gated, SHARED_GATE_UP),
     Row(Section.MOE, "mlp.shared_experts.linear_fc2.weight", row, (SHARED_DOWN,)),
+)
+
+ENGINE_ROWS = (
+    *engine_expert_rows("mlp", ROUTER, EXPERT),
+    Row(Section.MOE, ROUTER_BIAS, replicate, (ROUTER_BIAS,), float32=True),
+    Row(Section.MOE, f"{SHARED}gate_up_proj.weight", engine_gated, SHARED_GATE_UP),
+    Row(Section.MOE, SHARED_DOWN, engine_down, (SHARED_DOWN,)),
+)
+"""Where the shared expert is a module of its own: on a CPU, and on a GPU if SGLang is started with
+disable_shared_experts_fusion (else it may be one more of the routed ones)."""
+
+ENGINE_ROWS_FLOAT32_ROUTER = tuple(
+    replace(each, float32=True) if each.name == ROUTER else each for each in ENGINE_ROWS
 )
 
 

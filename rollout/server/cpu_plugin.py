@@ -35,10 +35,12 @@ def register() -> None:
             f"sglang {installed} is installed; this plugin was written for {SGLANG_VERSION}: "
             f"check its hooks against the new version, then change SGLANG_VERSION"
         )
-    from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
+    from sglang.srt.arg_groups import choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    add_deterministic_attention_backend_choices(["torch_native"])
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
+    # Asked for by absorbed latent attention (MLA), which reads its cache as attention does.
+    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     for target, (kind, hook) in _hooks().items():
         HookRegistry.register(target, hook, HookType(kind))
 

@@ -26,6 +26,7 @@ import torch
 
 from rollout.run_dir import write_atomic
 from rollout.server.delta_codec import apply
+from rollout.server.derived import refresh_derived
 
 LOADER = "rollout.server.delta.load"
 INDEX, PAYLOAD = "index.json", "payload"
@@ -141,6 +142,7 @@ def carry_out(order: Mapping[str, Any], receiver: Receiver, model: Any) -> None:
         with torch.no_grad():
             parameters = dict(model.named_parameters())
             receiver.take(Path(order["directory"]), order["rank"], parameters)
+            refresh_derived(model)
     except (DeltaError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
         logger.warning("weight_sync=delta: %s", error)
         wrong = str(error) or repr(error)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rollout.server.derived import refresh_derived
+
 LOADER = "rollout.server.direct.load"
 
 logger = logging.getLogger(__name__)
@@ -29,20 +31,21 @@ class Expected:
     needed (`megatron_bridge/direct_plan.py`, `DirectPlan.expected`)."""
 
     def __init__(self, told: Mapping[str, Any]) -> None:
-        self.dtype: torch.dtype = getattr(torch, told["dtype"])
-        self._segments = told["segments"]
+        self._segments = dict(told["segments"])
         self._rounds = told["rounds"]
 
-    def rounds(self) -> Iterator[dict[int, list[Any]]]:
-        """Sender -> the parts of its message, [parameter, lead, start, size] each."""
-        for pieces in self._rounds:
+    def rounds(self) -> Iterator[tuple[torch.dtype, dict[int, list[Any]]]]:
+        """Type of the messages; sender -> the parts of its message, [parameter, lead, start, size]
+        each."""
+        for dtype, pieces in self._rounds:
             messages: dict[int, list[Any]] = {}
             for segment, layer, ranks in pieces:
-                for sender, parts in self._segments[segment]:
+                for sender, parts in self._segments.get(segment, ()):
                     messages.setdefault(ranks[sender], []).extend(
                         [name.replace("{layer}", str(layer)), *where] for name, *where in parts
                     )
-            yield messages
+            if messages:
+                yield getattr(torch, dtype), messages
 
 
 class _Member:
@@ -69,11 +72,11 @@ class _Member:
         wrong: Exception | None = None
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
-        for messages in self.expected.rounds():
+        for dtype, messages in self.expected.rounds():
             arriving = []
             for sender, parts in messages.items():
                 numel = sum(math.prod(size) for *_, size in parts)
-                message = torch.empty(numel, dtype=self.expected.dtype, device=device)
+                message = torch.empty(numel, dtype=dtype, device=device)
                 work = dist.irecv(message, group=self.group, group_src=sender)
                 arriving.append((work, message, parts))
             for work, message, parts in arriving:
@@ -85,6 +88,7 @@ class _Member:
                     wrong = wrong or error
         if wrong is not None:
             raise wrong
+        refresh_derived(model)
 
     def tell(self, well: bool, device: torch.device) -> None:
         """One byte to trainer rank 0: 1, all came; 0, it did not."""

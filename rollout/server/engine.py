@@ -77,6 +77,7 @@ class EngineProcess(ServerProcess):
         }
         if self.device == "cpu":
             arguments |= {"device": "cpu", "attention_backend": "torch_native"}
+            arguments["disable_radix_cache"] = config.deterministic
         elif config.colocated:
             arguments["enable_memory_saver"] = True
         arguments |= config.args

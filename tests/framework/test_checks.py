@@ -561,16 +561,35 @@ def test_a_critic_starts_from_a_checkpoint_that_has_a_head(tmp_path: Path) -> No
         assert all(error.startswith(each) for error, each in zip(errors, said, strict=True))
 
 
-def test_weights_that_cannot_be_verified_are_not_called_verified() -> None:
-    model = ["model.hf_path=hf_configs/glm_4_5", "dry_run=true"]
-    (error,) = check_config(compose_config(model))
-    assert error.startswith("weight_sync.verify=True: SGLang's layout of Glm4MoeForCausalLM is not")
-    unverified = [*model, "weight_sync.verify=false"]
-    assert check_config(compose_config(unverified)) == []
-    for transport in ("direct", "delta"):
-        (error,) = check_config(compose_config([*unverified, f"weight_sync={transport}"]))
-        key = f"weight_sync.transport={transport}"
-        assert error.startswith(f"{key}: SGLang's layout of Glm4MoeForCausalLM")
+SIGMOID_ROUTERS = [
+    ("hf_configs/deepseek_v3", "DeepseekV3ForCausalLM"),
+    ("hf_configs/glm_4_5", "Glm4MoeForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("path", "architecture"), SIGMOID_ROUTERS)
+def test_an_engine_that_fuses_shared_experts_is_not_called_known(path, architecture) -> None:
+    """On GPUs SGLang does so unasked; told not to, it has the layout that is known on CPUs."""
+    model = [f"model.hf_path={path}", "dry_run=true"]
+    apart = "+rollout.engine.args.disable_shared_experts_fusion=true"
+    for transport in ("distributed", "delta", "direct"):
+        arguments = [*model, f"weight_sync={transport}"]
+        assert check_config(compose_config(arguments)) == []
+        on_gpus = [*arguments, "cluster=slurm", "weight_sync.verify=false"]
+        found = [e for e in check_config(compose_config(on_gpus)) if "shared expert" in e]
+        assert len(found) == (transport != "distributed")
+        assert all(e.startswith(f"weight_sync.transport={transport}: on GPUs") for e in found)
+        assert all(architecture in e and e.endswith(f"set {apart}") for e in found)
+        told = check_config(compose_config([*arguments, "cluster=slurm", apart]))
+        assert not [error for error in told if "shared expert" in error]
+    errors = check_config(compose_config([*model, "cluster=slurm"]))
+    assert any(error.startswith("weight_sync.verify=True: on GPUs SGLang") for error in errors)
+
+
+def test_latent_attention_on_a_cpu_is_served_deterministically_or_not_at_all() -> None:
+    arguments = ["model.hf_path=hf_configs/deepseek_v3", "dry_run=true"]
+    (error,) = check_config(compose_config([*arguments, "rollout.engine.deterministic=false"]))
+    assert error.startswith("rollout.engine.deterministic=False: on a CPU SGLang")
 
 
 @pytest.mark.parametrize("layout", ["single", "dp2", "tp2", "pp2"])

@@ -1,9 +1,10 @@
 """Pushes a Hugging Face directory through a real megatron-core model to engines that run.
 
-    python push_worker.py HF_DIR URL TRANSPORT SCRATCH_DIR
+    python push_worker.py HF_DIR URL ENGINE_TP SCRATCH_DIR TRANSPORT...
 
-Started by test_smollm2.py: a process group of one rank, and what it leaves, end with the process.
-The engine's key is in the environment (ENGINE_KEY). Prints the report as JSON.
+Started by tests: a process group of one rank, and what it leaves, end with the process. The
+engine's key is in the environment (ENGINE_KEY). Each push but the first is of weights GROWTH times
+as large, and waits for a line on stdin; after each a line of JSON, its report.
 """
 
 import dataclasses
@@ -21,19 +22,22 @@ from framework.weight_sync import WeightSync
 from framework.weight_sync.base import PushContext
 from framework.weight_sync.engines import Engines
 from megatron_bridge.export import ExportBuffers
+from megatron_bridge.load import parameters
+
+GROWTH = 1.0625
+"""Both sides multiply in float32, and so round alike."""
 
 
-def push(hf_dir: Path, url: str, transport: str, scratch: Path) -> dict[str, float]:
-    """Load, push as version 1, compare every checksum with the engine's."""
+def push_all(hf_dir: Path, url: str, engine_tp: int, scratch: Path, transports: list[str]) -> None:
+    """Load, push as version 1, 2, ..., compare every checksum with the engine's."""
     _, plan, chunks = build(0, hf_dir, {})
     plan = dataclasses.replace(plan, bucket_bytes=64 << 20)
-    engines = Engines([url], os.environ["ENGINE_KEY"], 300.0)
     context = PushContext(
         plan=plan,
         chunks=chunks,
         buffers=ExportBuffers(),
         rank=0,
-        engine_tp=1,
+        engine_tp=engine_tp,
         engine_device="cpu",
         engine_dtype=torch.float32,
         host="127.0.0.1",
@@ -41,25 +45,26 @@ def push(hf_dir: Path, url: str, transport: str, scratch: Path) -> dict[str, flo
         like=hf_dir,
         flush_cache=True,
     )
-    sync = WeightSync(
-        transport,
-        context,
-        engines,
-        pause_mode="retract",
-        verify=True,
-    )
-    report = sync.push(1)
-    sync.close()
-    return dataclasses.asdict(report)
+    for version, transport in enumerate(transports, 1):
+        if version > 1:
+            sys.stdin.readline()
+            with torch.no_grad():
+                for parameter in parameters(chunks).values():
+                    parameter.mul_(GROWTH)
+        engines = Engines([url], os.environ["ENGINE_KEY"], 300.0)
+        sync = WeightSync(transport, context, engines, pause_mode="retract", verify=True)
+        report = sync.push(version)
+        sync.close()
+        print(json.dumps(dataclasses.asdict(report)), flush=True)
 
 
 def main() -> None:
     """Entry point."""
-    hf_dir, url, transport, scratch = sys.argv[1:]
+    hf_dir, url, engine_tp, scratch, *transports = sys.argv[1:]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     with tempfile.TemporaryDirectory() as store:
         dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
-        print(json.dumps(push(Path(hf_dir), url, transport, Path(scratch))))
+        push_all(Path(hf_dir), url, int(engine_tp), Path(scratch), transports)
         dist.destroy_process_group()
 
 

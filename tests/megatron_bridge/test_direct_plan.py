@@ -11,7 +11,7 @@ from test_views import FAST, MANY, cases, load_all, random_weights
 
 from megatron_bridge.direct_plan import DirectPlan
 from megatron_bridge.export_plan import ExportPlan
-from megatron_bridge.mapping import engine_views
+from megatron_bridge.mapping import engine_views, float32_names
 from megatron_bridge.models import describe
 from megatron_bridge.views import copy_in
 from rollout.server.direct import Expected
@@ -34,17 +34,19 @@ def direct_cases(draw):
         and not model.architecture.engine_limit(model.shape)
     ]
     device = draw(st.sampled_from(["cpu", "cuda"]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     if device == "cpu":
         fits = [tp for tp in fits if kv_heads % tp == 0]
-    return config, layout, spec, multiple, fits, device, draw(st.integers(1, 3))
+    return (config, layout, spec, multiple), fits, device, draw(st.integers(1, 3)), dtype
 
 
-def make_plan(config, layout, spec, multiple, tp, device, engines) -> DirectPlan:
+def make_plan(trainer, tp, device, engines, dtype) -> DirectPlan:
+    config, layout, spec, multiple = trainer
     export = ExportPlan(
         hf_config=config,
         layout=layout,
         spec=spec,
-        dtype=torch.float32,
+        dtype=dtype,
         vocab_pad_multiple=multiple,
         bucket_bytes=BUCKET_BYTES,
     )
@@ -52,10 +54,11 @@ def make_plan(config, layout, spec, multiple, tp, device, engines) -> DirectPlan
 
 
 def check_case(case, data) -> None:
-    config, layout, spec, multiple, fits, device, engines = case
+    (config, layout, spec, multiple), fits, device, engines, dtype = case
     assume(fits)
     tp = data.draw(st.sampled_from(fits))
-    plan = make_plan(config, layout, spec, multiple, tp, device, engines)
+    plan = make_plan(case[0], tp, device, engines, dtype)
+    kept = float32_names(describe(config))
     weights = random_weights(config)
     ranks = load_all(config, layout, spec, multiple, weights)
     views = [engine_views(config, tp, rank, device) for rank in range(tp)]
@@ -73,8 +76,12 @@ def check_case(case, data) -> None:
             for t in transfers:
                 together[getattr(t, end)] += t.numel
             # A transfer that is larger than a bucket travels by itself.
-            assert len(transfers) == 1 or max(together.values()) * 4 <= BUCKET_BYTES
+            most = max(together.values()) * each.dtype.itemsize
+            assert len(transfers) == 1 or most <= BUCKET_BYTES
         for t in transfers:
+            boxes = views[t.receiver % tp][t.target.parameter].boxes
+            in_float32 = dtype is torch.float32 or kept.issuperset(box.name for box in boxes)
+            assert each.dtype is (torch.float32 if in_float32 else dtype)
             source = ranks[t.sender][1][t.chunk, t.source.parameter][t.source.index]
             target = held[t.receiver][t.target.parameter][t.target.index]
             assert source.shape == target.shape
@@ -103,19 +110,20 @@ def all_of(each, layout):
 @given(direct_cases(), st.data())
 def test_an_engine_rank_expects_what_the_trainers_send_it(case, data):
     """Message by message, part by part: what `rollout.server.direct` makes of its orders."""
-    config, layout, spec, multiple, fits, device, engines = case
+    (_, layout, _, _), fits, device, engines, dtype = case
     assume(fits)
     tp = data.draw(st.sampled_from(fits))
-    plan = make_plan(config, layout, spec, multiple, tp, device, engines)
+    plan = make_plan(case[0], tp, device, engines, dtype)
     for receiver in range(engines * tp):
         wanted = []
         for each in plan.rounds:
             messages = {rank: each.sent_by(rank).get(receiver) for rank in range(layout.world_size)}
             found = {rank: [t.target for t in ts] for rank, ts in messages.items() if ts}
-            wanted += [json.loads(json.dumps(found))] if found else []
-        told = Expected(json.loads(json.dumps(plan.expected(receiver))))
-        assert told.dtype is torch.float32
-        assert [{str(s): parts for s, parts in each.items()} for each in told.rounds()] == wanted
+            wanted += [(each.dtype, json.loads(json.dumps(found)))] if found else []
+        told = Expected(json.loads(json.dumps(plan.expected(receiver)))).rounds()
+        assert [(kind, {str(s): parts for s, parts in each.items()}) for kind, each in told] == (
+            wanted
+        )
 
 
 @FAST
@@ -136,10 +144,10 @@ def test_every_byte_of_every_engine_rank_is_sent_exactly_once_at_night(case, dat
 @given(direct_cases(), st.data())
 def test_replicas_share_the_sending(case, data):
     """Two data-parallel replicas never differ by more than the largest part that is sent."""
-    config, layout, spec, multiple, fits, device, engines = case
+    (_, layout, _, _), fits, device, engines, dtype = case
     assume(fits and layout.ep * layout.etp == 1 and layout.dp * layout.cp > 1)
     tp = data.draw(st.sampled_from(fits))
-    plan = make_plan(config, layout, spec, multiple, tp, device, engines)
+    plan = make_plan(case[0], tp, device, engines, dtype)
     load: Counter[int] = Counter()
     largest = 0
     for each in plan.rounds:

@@ -98,7 +98,10 @@ def test_served_after_a_push_it_gives_transformers_logprobs(smollm2, blank_engin
     before = [engine_logprobs(blank_engine, tokens) for tokens in prompts]
     worker = Path(__file__).with_name("push_worker.py")
     done = subprocess.run(
-        [sys.executable, str(worker), str(smollm2), blank_engine.url, "distributed", str(tmp_path)],
+        [
+            *(sys.executable, str(worker), str(smollm2), blank_engine.url, "1", str(tmp_path)),
+            "distributed",
+        ],
         env=os.environ | {"ENGINE_KEY": blank_engine.api_key},
         capture_output=True,
         text=True,
