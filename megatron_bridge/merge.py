@@ -31,8 +31,7 @@ class MergedParameters(Mapping[tuple[int, str], torch.Tensor]):
     """`parameters` of a model with adapters, each weight merged at the moment it is asked for.
 
     The one asked for last is held, no other: an export goes through a weight box by box and merges
-    it once; a direct push goes through all weights for each receiver, and merges each as often.
-    Made anew for every pass, for adapters change.
+    it once. Made anew for every pass, for adapters change.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], adapters: dict[tuple[int, str], Merging]):

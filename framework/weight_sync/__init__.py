@@ -1,6 +1,7 @@
 """Trainers to engines: pause, send, verify, continue.
 
-push(version):   pause engines -> transport.send -> engine checksums == ours -> continue
+push(version):   transport.prepare -> pause engines -> transport.send -> engine checksums == ours
+                 -> continue
 admit(version):  the same for engines that were started again meanwhile, and for them alone
 """
 
@@ -175,6 +176,7 @@ class WeightSync:
         with contextlib.ExitStack() as still:
             failure = None
             try:
+                self._prepare(version, engines)
                 still.enter_context(self._standing_still(engines))
                 if engines is not None and not set(engines.urls) <= self._known:
                     engines.end_session()
@@ -196,11 +198,25 @@ class WeightSync:
         end = time.perf_counter()
         return PushReport(size_bytes=size, time_s=end - start, verify_s=end - sent)
 
-    def _send(self, version: int, engines: Engines | None) -> int:
+    def _prepare(self, version: int, engines: Engines | None) -> None:
+        """What needs no engine: they generate meanwhile."""
+        if engines is not None and self._verifier is not None:
+            self._verifier.reset()
+        if not self._transport.prepares:
+            return
         with self._stream() as buckets:
+            if engines is None:
+                next(buckets, None)  # takes part in the assembling
+                return
+            try:
+                self._transport.prepare(version, buckets, self._verifier)
+            except OSError as error:
+                raise WeightSyncError(f"version {version} could not be written: {error}") from error
+
+    def _send(self, version: int, engines: Engines | None) -> int:
+        prepared = self._transport.prepares
+        with contextlib.nullcontext(iter(())) if prepared else self._stream() as buckets:
             if engines is not None:
-                if self._verifier is not None:
-                    self._verifier.reset()
                 return self._transport.send(version, buckets, engines, self._verifier)
             self._transport.assist()
             next(buckets, None)  # takes part in the assembling

@@ -47,7 +47,15 @@ class Transport(Protocol):
     sends_whole_tensors: bool = True
     """Whether `send` needs `buckets`; else they come only where checksums are compared."""
 
+    prepares: bool = False
+    """Whether `prepare` takes the buckets, and `send` gets none."""
+
     def __init__(self, context: PushContext) -> None: ...
+
+    def prepare(
+        self, version: int, buckets: Iterable[Bucket], verifier: ExpectedChecksums | None
+    ) -> None:
+        """What can be done before the engines stand still; as `send`, which follows it."""
 
     def send(
         self,

@@ -33,6 +33,29 @@ class DeltaPush(DirectoryTransport):
         self._holders: set[str] = set()
         """Engines that took a version; whether they are still the same processes, they tell."""
         self._since_full = 0
+        self._written: Written | None = None
+        """What was prepared."""
+
+    def prepare(
+        self, version: int, buckets: Iterable[Bucket], verifier: ExpectedChecksums | None
+    ) -> None:
+        """Compare with what the engines hold, encode the changes, write them."""
+        context = self.context
+        chain = self._chain = self._chain or DeltaChain(
+            context.plan.hf_config,
+            context.engine_tp,
+            context.engine_dtype,
+            context.engine_device,
+        )
+        due = 0 < context.full_every_pushes <= self._since_full + 1
+        self._written = chain.advance(
+            version,
+            buckets,
+            self.new_directory(version) / "change",
+            all_content=due,
+            take=verifier.add if verifier is not None else lambda _: None,
+        )
+        self._since_full = 0 if self._written.follows is None else self._since_full + 1
 
     def send(
         self,
@@ -42,27 +65,12 @@ class DeltaPush(DirectoryTransport):
         verifier: ExpectedChecksums | None,
     ) -> int:
         """See `base.Transport`."""
-        context = self.context
-        chain = self._chain = self._chain or DeltaChain(
-            context.plan.hf_config,
-            context.engine_tp,
-            context.engine_dtype,
-            context.engine_device,
-        )
-        directory = self.new_directory(version)
-        due = 0 < context.full_every_pushes <= self._since_full + 1
-        written = chain.advance(
-            version,
-            buckets,
-            directory / "change",
-            all_content=due,
-            take=verifier.add if verifier is not None else lambda _: None,
-        )
-        self._since_full = 0 if written.follows is None else self._since_full + 1
+        assert self._chain is not None
+        assert self._written is not None
         engines.begin_session()
-        size = self._give(chain, written, engines)
+        size = self._give(self._chain, self._written, engines)
         engines.post("/end_weight_update", {})
-        self.drop_others(directory)
+        self.drop_others(self.directory(version))
         return size
 
     def _give(self, chain: DeltaChain, written: Written, engines: Engines) -> int:

@@ -11,7 +11,7 @@ model on rank 0 beside the push, and costs what weight_sync=distributed costs.
 
 import datetime
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from megatron_bridge.load import parameters
 from megatron_bridge.merge import whole_parameters
 from rollout.server.direct import LOADER
 from rollout.server.server_process import public_host
+
+Key = tuple[int, str]
+"""(model chunk, parameter)."""
 
 
 class DirectPush(Transport):
@@ -55,12 +58,12 @@ class DirectPush(Transport):
         verifier: ExpectedChecksums | None,
     ) -> int:
         """See `base.Transport`."""
-        store, order = None, self._order(engines)
-        if order["fresh"]:
-            store = open_store(order["address"], engines.timeout_s)
-            order["port"] = store.port
+        order = self._order(engines)
+        store = self._open(order, engines.timeout_s)
         self._share(order)
-        failure: RuntimeError | None = None
+        if order["failed"]:
+            raise WeightSyncError(f"no place for engines and trainers to meet: {order['failed']}")
+        failure: RuntimeError | OSError | None = None
         try:
             engines.begin_session()
             if store is not None:
@@ -75,7 +78,8 @@ class DirectPush(Transport):
             self._send_rounds()
             self._confirmed(engines)
             engines.finish(replies)
-        except RuntimeError as error:  # WeightSyncError, or torch's of a member that is gone
+        except (RuntimeError, OSError) as error:
+            # A WeightSyncError, torch's of a member that is gone, a reply's TimeoutError.
             failure = error
         if not self._all_well(failure is None):
             raise WeightSyncError(f"not every part reached every engine: {failure}") from failure
@@ -88,11 +92,13 @@ class DirectPush(Transport):
     def assist(self) -> None:
         """The other ranks' part of `send`."""
         order, failed = self._share(None), False
+        if order["failed"]:
+            return
         try:
             if order["fresh"]:
                 self._join(order, None, None)
             self._send_rounds()
-        except RuntimeError:
+        except (RuntimeError, OSError):
             failed = True
         self._all_well(not failed)
 
@@ -108,7 +114,20 @@ class DirectPush(Transport):
             "name": f"drivetrain_{secrets.token_hex(4)}",
             "urls": list(engines.urls),
             "timeout_s": engines.timeout_s,
+            "failed": "",
         }
+
+    def _open(self, order: dict[str, Any], timeout_s: float) -> Any:
+        """The store where a new group meets, its port in the order; else why there is none."""
+        if not order["fresh"]:
+            return None
+        try:
+            store = open_store(order["address"], timeout_s)
+        except (RuntimeError, OSError) as error:
+            order["failed"] = str(error) or repr(error)
+            return None
+        order["port"] = store.port
+        return store
 
     def _share(self, order: dict[str, Any] | None) -> dict[str, Any]:
         box: list[Any] = [order]
@@ -174,7 +193,8 @@ class DirectPush(Transport):
         local = whole_parameters(self.context.chunks)
         device = next(iter(local.values())).device
         sent: list[list[Any]] = [[], []]
-        for number, (dtype, messages) in enumerate(self._rounds):
+        for number, held in enumerate(read_once(local, [each for _, each in self._rounds])):
+            dtype, messages = self._rounds[number]
             slot = number % 2
             for work in sent[slot]:
                 work.wait()
@@ -186,7 +206,7 @@ class DirectPush(Transport):
                     device,
                 )
                 message = memory.view(dtype)
-                pack(local, transfers, message)
+                pack(held, transfers, message)
                 to = self._world + receiver
                 sent[slot].append(dist.isend(message, group=self._group, group_dst=to))
         for work in (*sent[0], *sent[1]):
@@ -202,8 +222,27 @@ class DirectPush(Transport):
                 raise WeightSyncError(f"{engines.urls[engine]}: rank {rank} says why in its log")
 
 
+def read_once(
+    local: Mapping[Key, torch.Tensor], rounds: Sequence[Mapping[int, Sequence[Transfer]]]
+) -> Iterator[dict[Key, torch.Tensor]]:
+    """The parameters that each round sends parts of; each is asked for in its first round and kept
+    until its last, for an adapter is merged anew whenever its weight is asked for."""
+    needed = [
+        dict.fromkeys((t.chunk, t.source.parameter) for ts in messages.values() for t in ts)
+        for messages in rounds
+    ]
+    last = {key: number for number, keys in enumerate(needed) for key in keys}
+    held: dict[Key, torch.Tensor] = {}
+    for number, keys in enumerate(needed):
+        for key in keys:
+            if key not in held:
+                held[key] = local[key]
+        yield held
+        held = {key: content for key, content in held.items() if last[key] > number}
+
+
 def pack(
-    local: Mapping[tuple[int, str], torch.Tensor],
+    local: Mapping[Key, torch.Tensor],
     transfers: Sequence[Transfer],
     message: torch.Tensor,
 ) -> None:

@@ -10,12 +10,18 @@ from framework.weight_sync.engines import Engines
 class DirectoryTransport(Transport):
     """Rank 0 writes run_dir/weights/version_<n>; the engines read it; the one before is deleted."""
 
+    prepares = True
+
     def __init__(self, context: PushContext) -> None:
         self.context = context
 
+    def directory(self, version: int) -> Path:
+        """Where this version lies."""
+        return self.context.scratch_dir / f"version_{version}"
+
     def new_directory(self, version: int) -> Path:
         """Of this version; what an earlier try or a killed trainer left there is gone."""
-        directory = self.context.scratch_dir / f"version_{version}"
+        directory = self.directory(version)
         shutil.rmtree(directory, ignore_errors=True)
         return directory
 

@@ -14,6 +14,25 @@ MAX_FILE_BYTES = 4 << 30
 class DiskPush(DirectoryTransport):
     """Every version is a Hugging Face directory, which SGLang loads."""
 
+    _size = 0
+    """Bytes of weights in the directory that was prepared."""
+
+    def prepare(
+        self, version: int, buckets: Iterable[Bucket], verifier: ExpectedChecksums | None
+    ) -> None:
+        """Write the directory."""
+        context, self._size = self.context, 0
+        writer = HfWriter(
+            self.new_directory(version), context.plan.entries, context.like, MAX_FILE_BYTES
+        )
+        for bucket in buckets:
+            self._size += bucket.flat.nbytes
+            if verifier is not None:
+                verifier.add(bucket)
+            for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
+                writer.add(name, tensor)
+        writer.finish()
+
     def send(
         self,
         version: int,
@@ -22,16 +41,7 @@ class DiskPush(DirectoryTransport):
         verifier: ExpectedChecksums | None,
     ) -> int:
         """See `base.Transport`."""
-        context, size = self.context, 0
-        directory = self.new_directory(version)
-        writer = HfWriter(directory, context.plan.entries, context.like, MAX_FILE_BYTES)
-        for bucket in buckets:
-            size += bucket.flat.nbytes
-            if verifier is not None:
-                verifier.add(bucket)
-            for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
-                writer.add(name, tensor)
-        writer.finish()
+        context, directory = self.context, self.directory(version)
         engines.in_doubt = True
         engines.post(
             "/update_weights_from_disk",
@@ -43,4 +53,4 @@ class DiskPush(DirectoryTransport):
             },
         )
         self.drop_others(directory)
-        return size
+        return self._size

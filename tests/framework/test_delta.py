@@ -123,7 +123,8 @@ class Run:
         dtypes, tensors = [torch.bfloat16] * len(weights), list(weights.values())
         bucket = Bucket(list(weights), dtypes, shapes, torch.empty(0), tensors)
         to: Any = engines or self.engines
-        return self.push.send(version, [bucket], to, None)
+        self.push.prepare(version, [bucket], None)
+        return self.push.send(version, (), to, None)
 
     def step(self, seed: int) -> None:
         """Some rows of some tensors change."""

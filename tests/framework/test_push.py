@@ -168,6 +168,37 @@ def test_what_did_not_change_does_not_travel(pusher):
         assert pusher.generate() == [version] * 8
 
 
+@pytest.mark.parametrize("pusher", ["delta", "disk"], indirect=True)
+def test_the_engine_generates_while_its_next_version_is_written(pusher):
+    weights = random_weights(pusher.plan, 0)
+    pusher.rank.fill(weights)
+    pusher.sync.push(1)
+    prepare, generated = pusher.sync._transport.prepare, []
+
+    def and_generate(*arguments: object) -> None:
+        prepare(*arguments)
+        generated.append(pusher.generate())
+
+    pusher.sync._transport.prepare = and_generate
+    pusher.rank.fill(random_weights(pusher.plan, 2))
+    assert pusher.sync.push(2).size_bytes > 0
+    assert generated == [[1] * 8]
+    assert pusher.generate() == [2] * 8
+
+
+@pytest.mark.parametrize("pusher", ["delta", "disk"], indirect=True)
+def test_what_cannot_be_written_leaves_the_old_version(pusher):
+    pusher.rank.fill(random_weights(pusher.plan, 0))
+    pusher.sync.push(1)
+    pusher.context.scratch_dir = Path("/proc/nowhere")
+    with pytest.raises(WeightSyncError, match=r"version 2 could not be written: .*/proc/nowhere"):
+        pusher.sync.push(2)
+    assert pusher.generate() == [1] * 8
+    pusher.context.scratch_dir = pusher.run_dir.path / "weights"
+    pusher.sync.push(3)
+    assert pusher.generate() == [3] * 8
+
+
 def test_an_engine_of_rounded_weights_holds_them_and_no_others(pusher):
     """fp8_rounded: what is compared after the push are the rounded values; norms stay."""
     pusher.sync._quantization = "fp8_rounded"
