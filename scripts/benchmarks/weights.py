@@ -4,17 +4,19 @@
 
 A random Qwen3 in bf16 is loaded into a real megatron-core model (one rank, one thread) and exported
 from it, each three times: the best one is in warm buffers, files in the page cache. "memcpy": the
-same bytes from one touched buffer to another. Memory: how far the process grew beyond the model.
+same bytes from one touched buffer to another; "of its copies": the rate beside as many memcpys as
+the row's way of the bytes needs (each is read once and written once a copy). Memory: how far the
+process grew beyond the model.
 "direct": what weight_sync=direct does to the same model for an engine of two ranks, packing and
-placing one after the other (`weights_direct.py`). Then plans of large models, from their
-config.json alone, and what their bytes take at least on named clusters. --mbridge: the same load
-and export by mbridge, where that can be imported. Needs no GPU; a minute, and on disk the size of
-the model.
+placing, which are two machines' work, each by itself and one after the other (`weights_direct.py`).
+Then plans of large models, from their config.json alone, and what their bytes take at least on
+named clusters. --mbridge: the same load and export by mbridge, or why it does not run here. Needs
+no GPU; a minute, and on disk the size of the model.
 """
 
 import argparse
 import dataclasses
-import json
+import importlib.metadata
 import multiprocessing
 import os
 import sys
@@ -29,19 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "benchmarks")]
 
 from convert import anonymous_bytes, make_model  # noqa: E402
-from weights_direct import direct_actions, plan_direct  # noqa: E402
+from weights_direct import direct_actions  # noqa: E402
+from weights_plans import print_plans  # noqa: E402
 
 REPEATS = 3
-PLANNED = {
-    "qwen3_30b_a3b": ({"tp": 2, "ep": 8, "dp": 8}, 2, 4),
-    "qwen3_235b_a22b": ({"tp": 4, "pp": 2, "ep": 8, "dp": 8}, 8, 4),
-    "deepseek_v3": (
-        {"tp": 4, "pp": 8, "first_stage_layers": 7, "last_stage_layers": 6, "ep": 32, "dp": 8},
-        16,
-        8,
-    ),
-}
-"""Model -> layout of the trainers, tensor-parallel size of an engine, engines."""
+ERRORS = "stderr"
 
 
 @dataclasses.dataclass
@@ -50,9 +44,11 @@ class Timed:
 
     seconds: list[float]
     extra_bytes: int
+    copies: int = 1
+    """How often every byte is read and written, at least."""
 
 
-def timed(action: Callable[[], None]) -> Timed:
+def timed(action: Callable[[], None], copies: int = 1) -> Timed:
     """Run `action` REPEATS times."""
     start_bytes, peak, ended = anonymous_bytes(), 0, Event()
 
@@ -70,7 +66,7 @@ def timed(action: Callable[[], None]) -> Timed:
         seconds.append(time.perf_counter() - started)
     ended.set()
     watcher.join()
-    return Timed(seconds, max(0, peak - start_bytes))
+    return Timed(seconds, max(0, peak - start_bytes), copies)
 
 
 def copied(size: int) -> Timed:
@@ -141,12 +137,13 @@ def ours(hf_dir: Path, root: Path, size: int, out: Any) -> None:
     rows["export"] = timed(export)
     actions, over_least = direct_actions(plan, chunks)
     assert over_least == 1.0
-    rows |= {name: timed(action) for name, action in actions.items()}
+    rows |= {name: timed(action, copies) for name, (action, copies) in actions.items()}
     out.put(rows)
 
 
 def mbridge(hf_dir: Path, root: Path, size: int, out: Any) -> None:
-    """The same by mbridge."""
+    """The same by mbridge; an error goes to a file under `root`."""
+    sys.stderr = (root / ERRORS).open("w")
     start_rank(root)
     import torch
     from mbridge import AutoBridge  # pyright: ignore[reportMissingImports]
@@ -185,78 +182,34 @@ def print_rows(rows: dict[str, Timed], size: int) -> None:
     """The table of what was measured."""
     copy_rate = size / 1e9 / min(rows["memcpy"].seconds)
     print(f"\n{size / 1e6:.0f} MB, bf16, one rank, one thread\n")
-    print("| | first, s | best, s | best, GB/s | of memcpy | extra memory |")
-    print("|---|---|---|---|---|---|")
+    print("| | first, s | best, s | best, GB/s | of memcpy | of its copies | extra memory |")
+    print("|---" * 7 + "|")
     for name, row in rows.items():
         rate = size / 1e9 / min(row.seconds)
+        bound = f"{rate * row.copies / copy_rate:.2f} (of {row.copies})"
         print(
             f"| {name} | {row.seconds[0]:.3f} | {min(row.seconds):.3f} | {rate:.2f} "
-            f"| {rate / copy_rate:.2f} | {row.extra_bytes / 1e6:.0f} MB |"
+            f"| {rate / copy_rate:.2f} | {bound} | {row.extra_bytes / 1e6:.0f} MB |"
         )
 
 
-def print_plans() -> None:
-    """Time to plan an export, bytes over least bytes, and what the bytes take at least."""
-    import torch
-
-    from framework.gpus import GPUS
-    from megatron_bridge.export_plan import ExportPlan
-    from megatron_bridge.layout import Layout
-    from megatron_bridge.models.architecture import Spec
-
-    names = list(GPUS)
-    print("\nPlans of an export, and seconds at a network card's full speed: assembled and sent by")
-    print(
-        "one rank / sent shard to shard, every engine rank taking its own part (a lower bound).\n"
-    )
-    print(f"| model | ranks | GB | plan, CPU s | sent / least | {' | '.join(names)} |")
-    print("|---" * (5 + len(names)) + "|")
-    direct = []
-    for name, (sizes, engine_tp, num_engines) in PLANNED.items():
-        path = ROOT / "hydra_configs" / "model" / "hf_configs" / name / "config.json"
-        layout = Layout(**sizes)
-        started = time.process_time()
-        plan = ExportPlan(
-            hf_config=json.loads(path.read_text()),
-            layout=layout,
-            spec=Spec.TE,
-            dtype=torch.bfloat16,
-            vocab_pad_multiple=128,
-            bucket_bytes=256 << 20,
-        )
-        buckets = plan.buckets
-        seconds = time.process_time() - started
-        least = sum(bucket.size_bytes for bucket in buckets)
-        sent = sum(
-            piece.box.numel * bucket.dtype.itemsize
-            for bucket in buckets
-            for pieces in bucket.pieces.values()
-            for piece in pieces
-        )
-        bounds = [least / GPUS[gpu].network_bytes_per_s for gpu in names]
-        shown = " | ".join(f"{bound:.1f} / {bound / engine_tp:.2f}" for bound in bounds)
-        print(
-            f"| {name} | {layout.world_size} | {least / 1e9:.0f} | {seconds:.2f} "
-            f"| {sent / least:.2f} | {shown} |"
-        )
-        planned = plan_direct(plan, engine_tp, num_engines)
-        figures = (
-            "SGLang's layout is not known here | | | |"
-            if planned is None
-            else (
-                f"{planned.num_transfers:,} | {planned.plan_s:.2f} | {planned.orders_s:.2f} "
-                f"| {planned.sent_over_least:.2f} |"
-            )
-        )
-        direct.append(f"| {name} | {layout.world_size} to {num_engines} x {engine_tp} | {figures}")
-    print(
-        "\nPlans of weight_sync=direct: of one rank, with all that it sends; then, on rank 0 alone,"
-    )
-    print("what every engine rank must know.\n")
-    print(
-        "| model | trainers to engines | transfers | plan, CPU s | orders, CPU s | sent / least |"
-    )
-    print("|---" * 6 + "|", *direct, sep="\n")
+def print_mbridge(hf_dir: Path, root: Path, size: int, rows: dict[str, Timed]) -> None:
+    """The rows of mbridge beside ours, or one that tells its error."""
+    root.mkdir()
+    try:
+        version = importlib.metadata.version("mbridge")
+    except importlib.metadata.PackageNotFoundError:
+        print("| mbridge | is not installed | | | | | |")
+        return
+    try:
+        theirs = in_process(mbridge, hf_dir, root, size)
+    except RuntimeError:
+        lines = (root / ERRORS).read_text().splitlines()
+        where = [line.strip() for line in lines if line.startswith("  File ")][-1]
+        print(f"| mbridge {version} | fails: {lines[-1]} ({where}) | | | | | |")
+        return
+    named = {name.replace("mbridge", f"mbridge {version}"): row for name, row in theirs.items()}
+    print_rows({"memcpy": rows["memcpy"], **named}, size)
 
 
 def main() -> None:
@@ -270,13 +223,9 @@ def main() -> None:
         root = Path(directory)
         size = make_model(root / "hf", arguments.mb)
         rows = in_process(ours, root / "hf", root, size)
-        if arguments.mbridge:
-            (root / "other").mkdir()
-            try:
-                rows |= in_process(mbridge, root / "hf", root / "other", size)
-            except RuntimeError as error:
-                print(f"mbridge did not run here (its error is above): {error}", file=sys.stderr)
         print_rows(rows, size)
+        if arguments.mbridge:
+            print_mbridge(root / "hf", root / "other", size, rows)
     print_plans()
 
 

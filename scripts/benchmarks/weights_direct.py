@@ -2,7 +2,8 @@
 
 What two machines do at the same time is done one after the other here, in one process and over
 memory: a trainer rank packs the messages of a round, the engine ranks put each part in its place.
-So every byte is copied twice; no network and no process is between the two copies.
+So "both" copies every byte twice, which can be no faster than half a memcpy; no network and no
+process is between the two copies. Each machine's own part is bounded by one.
 """
 
 import time
@@ -15,6 +16,8 @@ ENGINE_TP = 2
 class Planned(NamedTuple):
     """A plan, and what it took to make it."""
 
+    wall_s: float
+    """Seconds of rank 0 for both of these."""
     plan_s: float
     """CPU seconds of one trainer rank: the plan and all that this rank sends."""
     orders_s: float
@@ -24,13 +27,11 @@ class Planned(NamedTuple):
     """Of all ranks."""
 
 
-def plan_direct(export: Any, engine_tp: int, num_engines: int) -> Planned | None:
-    """For rank 0, engines on GPUs; None where SGLang's layout of the model is not known."""
+def plan_direct(export: Any, engine_tp: int, num_engines: int) -> Planned:
+    """For rank 0, engines on GPUs."""
     from megatron_bridge.direct_plan import DirectPlan
 
-    if not export.model.architecture.engine_rows:
-        return None
-    started = time.process_time()
+    started, wall = time.process_time(), time.perf_counter()
     plan = DirectPlan(
         export=export, engine_tp=engine_tp, num_engines=num_engines, engine_device="cuda"
     )
@@ -39,10 +40,11 @@ def plan_direct(export: Any, engine_tp: int, num_engines: int) -> Planned | None
     planned = time.process_time()
     for receiver in range(engine_tp * num_engines):
         plan.expected(receiver)
-    ordered = time.process_time()
+    ordered, wall = time.process_time(), time.perf_counter() - wall
     sent = sum(each.numel for each in plan.rounds)
     count = sum(len(piece.segment.transfers) for each in plan.rounds for piece in each.pieces)
     return Planned(
+        wall,
         planned - started,
         ordered - planned,
         sent / (num_engines * held_by_an_engine(export.model, engine_tp)),
@@ -69,7 +71,11 @@ def held_by_an_engine(model: Any, engine_tp: int) -> int:
     )
 
 
-def direct_actions(export: Any, chunks: Any) -> tuple[dict[str, Callable[[], None]], float]:
+Actions = dict[str, tuple[Callable[[], None], int]]
+"""Name -> what to run, and how many copies of all bytes that is."""
+
+
+def direct_actions(export: Any, chunks: Any) -> tuple[Actions, float]:
     """(pack, place, both: round by round in warm buffers; bytes sent over the least).
 
     One trainer rank, an engine of two ranks on this CPU.
@@ -102,12 +108,12 @@ def direct_actions(export: Any, chunks: Any) -> tuple[dict[str, Callable[[], Non
                     if packs:
                         pack(local, transfers, message)
                     if places:
-                        place(message, next(arriving[receiver])[0], engines[receiver])
+                        place(message, next(arriving[receiver])[1][0], engines[receiver])
 
-    actions = {
-        "direct, pack": lambda: run(True, False),
-        "direct, place": lambda: run(False, True),
-        "direct, both": lambda: run(True, True),
+    actions: Actions = {
+        "direct, pack": (lambda: run(True, False), 1),
+        "direct, place": (lambda: run(False, True), 1),
+        "direct, both": (lambda: run(True, True), 2),
     }
     sent = sum(each.numel for each in plan.rounds)
     least = sum(view.covered for each in views for view in each.values())

@@ -1,6 +1,6 @@
 """Pushes a Hugging Face directory through a real megatron-core model to engines that run.
 
-    python push_worker.py HF_DIR URL ENGINE_TP SCRATCH_DIR TRANSPORT...
+    python push_worker.py HF_DIR URL ENGINE_TP DTYPE SCRATCH_DIR TRANSPORT...
 
 Started by tests: a process group of one rank, and what it leaves, end with the process. The
 engine's key is in the environment (ENGINE_KEY). Each push but the first is of weights GROWTH times
@@ -28,10 +28,12 @@ GROWTH = 1.0625
 """Both sides multiply in float32, and so round alike."""
 
 
-def push_all(hf_dir: Path, url: str, engine_tp: int, scratch: Path, transports: list[str]) -> None:
-    """Load, push as version 1, 2, ..., compare every checksum with the engine's."""
+def push_all(
+    hf_dir: Path, url: str, engine_tp: int, dtype: torch.dtype, scratch: Path, transports: list[str]
+) -> None:
+    """Load in float32, push as version 1, 2, ... in the engine's type, compare every checksum."""
     _, plan, chunks = build(0, hf_dir, {})
-    plan = dataclasses.replace(plan, bucket_bytes=64 << 20)
+    plan = dataclasses.replace(plan, bucket_bytes=64 << 20, dtype=dtype)
     context = PushContext(
         plan=plan,
         chunks=chunks,
@@ -39,7 +41,7 @@ def push_all(hf_dir: Path, url: str, engine_tp: int, scratch: Path, transports: 
         rank=0,
         engine_tp=engine_tp,
         engine_device="cpu",
-        engine_dtype=torch.float32,
+        engine_dtype=dtype,
         host="127.0.0.1",
         scratch_dir=scratch,
         like=hf_dir,
@@ -60,11 +62,12 @@ def push_all(hf_dir: Path, url: str, engine_tp: int, scratch: Path, transports: 
 
 def main() -> None:
     """Entry point."""
-    hf_dir, url, engine_tp, scratch, *transports = sys.argv[1:]
+    hf_dir, url, engine_tp, dtype, scratch, *transports = sys.argv[1:]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     with tempfile.TemporaryDirectory() as store:
         dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
-        push_all(Path(hf_dir), url, int(engine_tp), Path(scratch), transports)
+        kind = getattr(torch, dtype)
+        push_all(Path(hf_dir), url, int(engine_tp), kind, Path(scratch), transports)
         dist.destroy_process_group()
 
 

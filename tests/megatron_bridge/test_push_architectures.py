@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ pytestmark = [
 ]
 USUAL_HEADS = {"head_dim": 8}
 """All that SGLang's models of the Qwen2 families and of Mixtral take."""
-CASES: list[tuple[str, int, dict[str, Any]]] = [
+CASES: list[tuple[str, int, dict[str, Any]]] = [  # model, tp of the engine, other sizes
     ("glm4_moe", 1, {}),
     ("glm4_moe", 2, {}),
     ("glm4_moe_air", 1, {}),
@@ -87,47 +88,73 @@ def largest_difference(engine: EngineProcess, logits: torch.Tensor) -> float:
     return (found - wanted).abs().max().item()
 
 
-@pytest.mark.parametrize(("name", "tp", "sizes"), CASES, ids=lambda each: str(each))
-def test_pushed_weights_are_served_as_transformers_computes_them(name, tp, sizes, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    create_model(name, tmp_path / "hf", **sizes)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    process = EngineProcess(
+def start_engine(root: Path, tp: int, dtype: str) -> EngineProcess:
+    """Of the blank model."""
+    return EngineProcess(
         config=EngineConfig(
-            device="cpu", tp=tp, max_total_tokens=2048, args={"skip_tokenizer_init": True}
+            device="cpu",
+            tp=tp,
+            dtype=dtype,
+            max_total_tokens=2048,
+            args={"skip_tokenizer_init": True},
         ),
-        model_path=str(blank(tmp_path / "hf", tmp_path / "blank")),
+        model_path=str(blank(root / "hf", root / "blank")),
         api_key="key",
-        log_path=tmp_path / "engine.log",
+        log_path=root / "engine.log",
     )
+
+
+def pushes(engine: EngineProcess, root: Path) -> Iterator[tuple[str, int]]:
+    """Transport and bytes of each push of root/hf, at once after it."""
+    tp, dtype, log = str(engine.config.tp), engine.config.dtype, root / "worker.log"
     transports = sorted(TRANSPORTS)
-    log = tmp_path / "worker.log"
-    with process as engine, log.open("w") as errors, torch.no_grad():
-        assert largest_difference(engine, model(TOKENS).logits) > 0.1
-        arguments = [str(tmp_path / "hf"), engine.url, str(tp), str(tmp_path / "scratch")]
+    command = [sys.executable, str(WORKER), str(root / "hf"), engine.url, tp, dtype]
+    with log.open("w") as errors:
         worker = subprocess.Popen(
-            [sys.executable, str(WORKER), *arguments, *transports],
+            [*command, str(root / "scratch"), *transports],
             env={**os.environ, "ENGINE_KEY": "key"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
         )
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        with worker:
-            for number, transport in enumerate(transports):
-                if number:
-                    grow(model)
-                    assert largest_difference(engine, model(TOKENS).logits) > 0.01
-                    worker.stdin.write("next\n")
-                    worker.stdin.flush()
-                line = worker.stdout.readline()
-                assert line, log.read_text()[-3000:]
-                size = json.loads(line)["size_bytes"]
-                difference = largest_difference(engine, model(TOKENS).logits)
-                print(f"{name}, tp={tp}, {transport}: {size} bytes, {difference:.2g}")
-                assert size > 0
-                assert difference < LOGPROB_TOLERANCE
-        assert worker.returncode == 0
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    with worker:
+        for number, transport in enumerate(transports):
+            if number:
+                worker.stdin.write("next\n")
+                worker.stdin.flush()
+            line = worker.stdout.readline()
+            assert line, log.read_text()[-3000:]
+            yield transport, json.loads(line)["size_bytes"]
+    assert worker.returncode == 0
+
+
+@pytest.mark.parametrize(("name", "tp", "sizes"), CASES)
+def test_pushed_weights_are_served_as_transformers_computes_them(name, tp, sizes, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    create_model(name, tmp_path / "hf", **sizes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    with start_engine(tmp_path, tp, "float32") as engine, torch.no_grad():
+        before = largest_difference(engine, model(TOKENS).logits)
+        for transport, size in pushes(engine, tmp_path):
+            difference = largest_difference(engine, model(TOKENS).logits)
+            print(f"{name}, tp={tp}, {transport}: {size} bytes, {before:.2g} -> {difference:.2g}")
+            assert size > 0
+            assert difference < LOGPROB_TOLERANCE
+            assert before > 0.01  # what it held before was something else
+            grow(model)
+            before = largest_difference(engine, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(("name", "tp"), [("glm4_moe", 1), ("deepseek_v3", 2)])
+def test_an_engine_in_bfloat16_holds_what_stays_in_float32(name, tp, tmp_path):
+    """Each push compares every checksum: biases of routers, and GLM's routers, are in float32."""
+    create_model(name, tmp_path / "hf")
+    with start_engine(tmp_path, tp, "bfloat16") as engine:
+        sizes = dict(pushes(engine, tmp_path))
+    print(f"{name}, tp={tp}: {sizes}")
+    assert sizes.keys() == TRANSPORTS.keys()
+    assert all(sizes.values())

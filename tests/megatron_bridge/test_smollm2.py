@@ -99,8 +99,8 @@ def test_served_after_a_push_it_gives_transformers_logprobs(smollm2, blank_engin
     worker = Path(__file__).with_name("push_worker.py")
     done = subprocess.run(
         [
-            *(sys.executable, str(worker), str(smollm2), blank_engine.url, "1", str(tmp_path)),
-            "distributed",
+            *(sys.executable, str(worker), str(smollm2), blank_engine.url),
+            *("1", "float32", str(tmp_path), "distributed"),
         ],
         env=os.environ | {"ENGINE_KEY": blank_engine.api_key},
         capture_output=True,
