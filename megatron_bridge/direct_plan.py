@@ -27,6 +27,7 @@ from megatron_bridge.direct_template import DirectTemplates, Transfer
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.mapping import layer_name
 from megatron_bridge.models.architecture import Section
+from megatron_bridge.uncollected import uncollected
 
 _FIRST = frozenset({Section.EMBEDDING})
 """What comes before the layers."""
@@ -137,11 +138,12 @@ class DirectPlan:
         """In the order of the layers; no rank sends or receives more than about bucket_bytes in one
         round."""
         load: dict[int, int] = {}
-        return tuple(
-            each
-            for dtype, cut in self._templates().items()
-            for each in self._fill(self._pieces(cut, load), dtype)
-        )
+        with uncollected():
+            return tuple(
+                each
+                for dtype, cut in self._templates().items()
+                for each in self._fill(self._pieces(cut, load), dtype)
+            )
 
     def expected(self, receiver: int) -> dict[str, Any]:
         """What an engine rank must know of what comes to it, as JSON.
@@ -150,18 +152,13 @@ class DirectPlan:
         those that bring it something, names with {layer}. rounds: [type, [[segment, number of the
         layer, trainer ranks of the stage]...]] each, those of others too.
         """
-        segments = {
-            segment.number: segment.by_receiver[receiver]
-            for segment in self._distinct
-            if receiver in segment.by_receiver
-        }
-        return {
-            "segments": [
-                [number, [[who, [t.target for t in ts]] for who, ts in by_sender.items()]]
-                for number, by_sender in segments.items()
-            ],
-            "rounds": self._told,
-        }
+        with uncollected():
+            segments = [
+                [each.number, [[who, [t.target for t in ts]] for who, ts in by_sender.items()]]
+                for each in self._distinct
+                if (by_sender := each.by_receiver.get(receiver))
+            ]
+        return {"segments": segments, "rounds": self._told}
 
     @cached_property
     def _distinct(self) -> list[Segment]:

@@ -30,6 +30,7 @@ from megatron_bridge.mapping import (
 )
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import ModelDescription, Section, Spec
+from megatron_bridge.uncollected import uncollected
 from megatron_bridge.views import Box, Index
 
 _SEGMENTS_PER_BUCKET = 8
@@ -163,11 +164,12 @@ class ExportPlan:
     @cached_property
     def buckets(self) -> tuple[BucketPlan, ...]:
         """The stream."""
-        return tuple(
-            bucket
-            for dtype in dict.fromkeys((self.dtype, torch.float32))
-            for bucket in self._fill(dtype)
-        )
+        with uncollected():
+            return tuple(
+                bucket
+                for dtype in dict.fromkeys((self.dtype, torch.float32))
+                for bucket in self._fill(dtype)
+            )
 
     def _fill(self, dtype: torch.dtype) -> Iterator[BucketPlan]:
         """Parts of one type, in order, into buckets."""
