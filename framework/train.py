@@ -74,6 +74,8 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     from megatron_bridge.load import detect_spec
     from megatron_bridge.save import save_hf
 
+    if config.model.dtype == "float32":  # before CUDA starts: Transformer Engine would use TF32
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     mesh = start_mesh(config.parallel, config.seed)
     found = resume_point(config, run_dir, mesh.rank)
     done = found.step if found is not None else 0

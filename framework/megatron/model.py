@@ -169,11 +169,17 @@ def transformer_config(
         ),
         **memory_settings(model, memory),
     }
-    if settings.get("rope_type") == "rope":  # the fused kernel for latent attention knows YaRN only
+    latent = settings.get("multi_latent_attention", False)
+    if latent and not _fuses_latent_rope(settings):
         settings["apply_rope_fusion"] = False
     settings.update(model.megatron)
-    latent = settings.get("multi_latent_attention", False)
     return (MLATransformerConfig if latent else TransformerConfig)(**settings)
+
+
+def _fuses_latent_rope(settings: dict[str, Any]) -> bool:
+    """Whether the fused kernel for latent attention can: YaRN only, and head sizes of 2 to a power."""
+    sizes = (settings[name] for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"))
+    return settings.get("rope_type") != "rope" and all(size & (size - 1) == 0 for size in sizes)
 
 
 def build_chunks(

@@ -35,7 +35,8 @@ def server_fields() -> dict[str, str]:
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("sglang is not installed: see scripts/install/")
-    folder = Path(spec.submodule_search_locations[0], "srt", "arg_groups", "fields")
+    srt = Path(spec.submodule_search_locations[0], "srt")
+    folder = srt / "arg_groups" / "fields"
     fields: dict[str, str] = {}
     for path in sorted(folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -45,7 +46,20 @@ def server_fields() -> dict[str, str]:
                     fields[node.target.id] = option
     if "model_path" not in fields:
         raise ValueError(f"{folder}: no server arguments found; is this sglang 0.5.23?")
-    return fields
+    return fields | _added_by_hand(srt / "server_args.py")
+
+
+def _added_by_hand(path: Path) -> dict[str, str]:
+    """Fields without an option in their annotation, whose option the parser adds itself."""
+    options: dict[str, str] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(attr="add_argument"),
+                args=[ast.Constant(value=str(option)), *_],
+            ) if option not in ("--config", "-h"):
+                options[option.removeprefix("--").replace("-", "_")] = option
+    return options
 
 
 def _option(name: str, annotation: ast.expr) -> str | None:

@@ -323,6 +323,8 @@ def _sleepers(path: Path) -> list[int]:
 def test_server_arguments_are_checked_against_the_installed_version():
     assert len(server_fields()) > 300
     assert server_fields()["tp_size"] == "--tp-size"
+    assert server_fields()["sampling_backend"] == "--sampling-backend"  # its parser's own
+    assert "config" not in server_fields()
     assert check_names({"schedule_policy": "lpm", "enable_metrics": True}) == []
     (line,) = check_names({"schedule_polici": "lpm"})
     assert "rollout.engine.args.schedule_polici" in line
