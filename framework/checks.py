@@ -23,6 +23,7 @@ from framework.model_shape import ModelShape, read_model_shape
 from framework.passthrough import passthrough_errors
 from framework.path_checks import own_weight_errors, path_errors
 from framework.preference_checks import preference_errors
+from framework.routing_checks import routing_errors
 from framework.side_model_checks import side_model_errors
 from framework.sync_checks import sync_errors
 from rollout.filters import num_kept
@@ -65,6 +66,7 @@ def check_config(config: RunConfig) -> list[str]:
         errors += [] if wrong_layout else memory_errors(config, shape)
         errors += _lengths(config, shape)
         errors += lora_errors(config, shape)
+        errors += routing_errors(config, shape)
     errors += path_errors(config)
     if beside := list(side_model_errors(config)):
         return [*errors, *beside]  # the checks below count their GPUs

@@ -168,6 +168,10 @@ class AlgorithmConfig:
     old_logprobs: str = "trainer"
     """trainer | engine | log_linear: against which policy ratios are taken; the latter two save the
     trainer's own pass, see framework.algorithm.proximal."""
+    routing_replay: str = "none"
+    """none | old_policy | rollout: of a mixture of experts, whose choice of experts the update
+    repeats: its own, that of the pass before a batch's updates, or the engine's; see
+    framework.megatron.routing_replay."""
     recompute_old_logprobs: bool = False
     """Run the extra forward pass even where old_logprobs equal the policy's own (one update)."""
 

@@ -26,6 +26,7 @@ CHOICES = {
         "sequence_sum_over_length",
     ),
     "algorithm.reference_on": ("host", "device"),
+    "algorithm.routing_replay": ("none", "old_policy", "rollout"),
     "batch.overlong": ("refuse", "truncate"),
     "weight_sync.pause_mode": ("retract", "in_place"),
     "weight_sync.quantization": ("none", "fp8_rounded", "fp8"),

@@ -30,6 +30,17 @@ def config_notes(config: RunConfig) -> Iterator[str]:
             "algorithm.correction=none: samples of the rounded policy are trained as if they were "
             "the trainer's own; algorithm=tis corrects for it"
         )
+    replay = config.algorithm.routing_replay
+    if replay == "old_policy" and config.algorithm.updates_per_step == 1:
+        yield (
+            "algorithm.routing_replay=old_policy with algorithm.updates_per_step=1: before its "
+            "only update the policy is the old policy, and their routes are the same"
+        )
+    if replay == "rollout" and staleness and config.weight_sync.pause_mode == "retract":
+        yield (
+            "algorithm.routing_replay=rollout with weight_sync.pause_mode=retract: an answer that "
+            "a weight update interrupts is computed anew, and has the routes of that"
+        )
     lr, times, what = config.optimizer.lr, 1, ""
     if uses_lora(config):
         times, what = ADAPTERS_LR, " of adapters"

@@ -55,6 +55,7 @@ def shorten_sample(sample: Sample, response_length: int) -> Sample:
         teacher_top_logprobs=(
             None if sample.teacher_top_logprobs is None else sample.teacher_top_logprobs[:end]
         ),
+        routes=None if sample.routes is None else sample.routes[: sample.prompt_length + end - 1],
         turn_starts=sample.turn_starts[:turns],
         turn_states=sample.turn_states[:turns],
         turn_rewards=sample.turn_rewards[:turns],

@@ -31,6 +31,7 @@ MEGATRON_OWNED = {
     "recompute_method": "memory.recompute_method",
     "recompute_num_layers": "memory.recompute_layers",
     "moe_layer_recompute": "memory.recompute_modules",
+    "moe_enable_routing_replay": "algorithm.routing_replay",
     "num_layers": "the model's config.json",
     "hidden_size": "the model's config.json",
     "num_attention_heads": "the model's config.json",

@@ -20,6 +20,7 @@ from framework.megatron.microbatch import Microbatch, pack_microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
 from framework.megatron.reference import ReferencePolicy
+from framework.megatron.routing_replay import RoutingReplay
 from framework.megatron.selection import select_tokens
 from framework.megatron.step import StepRunner
 from framework.metrics import MetricsLogger, set_figures
@@ -66,6 +67,7 @@ class Trainer:
             (self.num_updates > 1 and algorithm.old_logprobs == "trainer")
             or algorithm.recompute_old_logprobs
             or algorithm.kl_reward_coef > 0
+            or algorithm.routing_replay == "old_policy"
             or self.objective.selection is not None
         )
         if self.old_pass:
@@ -73,6 +75,10 @@ class Trainer:
         if self.critic is not None:
             of_critic = self.critic.model.hf_config
             self.step_flops += forward_flops(of_critic) + training_flops(of_critic)
+        self.routing: RoutingReplay | None = None
+        if self.policy.config.num_moe_experts and not sft:
+            self.routing = RoutingReplay(self.policy, self.config.algorithm.routing_replay)
+            self.runner.routing = self.routing
 
     def prepare(self, temperature: float) -> None:
         """What every kind of step needs."""
@@ -277,6 +283,7 @@ class Trainer:
                 parallel.sequence_parallel,
                 batch.step,
                 self.objective.teacher_top_k,
+                self.routing and self.routing.layout,
             )
             for indices in mine
         ]

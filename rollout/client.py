@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from rollout.config import EngineConfig, SamplingConfig
+from rollout.routes import read_routes
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Generation:
     """stop | length"""
     end_token: bool
     """The last token is an end-of-sequence or stop token, no part of the text."""
+    routes: np.ndarray | None = None
+    """[N, layers * k]: of the N last tokens before the very last one, as were asked for."""
 
 
 class Finish(msgspec.Struct):
@@ -71,6 +74,7 @@ class _Meta(msgspec.Struct):
     output_token_logprobs: list[tuple[float, int, str | None]]
     weight_version: str
     weight_versions: list[_Span] | None = None
+    routed_experts: str | None = None
 
 
 class _Reply(msgspec.Struct):
@@ -130,18 +134,25 @@ class EngineClient:
         await self._session.close()
 
     async def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        *,
+        routes_from: int | None = None,
     ) -> list[Generation]:
         """One continuation of each prompt (token ids), sampled with its own seed, in order.
+
+        routes_from: with the routes of all tokens from this one on; None: without any.
 
         Raises EngineFailure after max_retries further attempts or request_timeout_s in total.
         """
         params = [_sampling_params(sampling, seed) for _, seed in zip(prompts, seeds, strict=True)]
         if not self._config.router:
-            return await self._call(prompts, params, sampling)
+            return await self._call(prompts, params, sampling, routes_from)
         # The router refuses a list of sampling_params (status 422): one call for each sample.
         calls = [
-            asyncio.ensure_future(self._call([prompt], each, sampling))
+            asyncio.ensure_future(self._call([prompt], each, sampling, routes_from))
             for prompt, each in zip(prompts, params, strict=True)
         ]
         try:
@@ -151,9 +162,15 @@ class EngineClient:
                 call.cancel()
 
     async def _call(
-        self, prompts: list[list[int]], params: list[dict] | dict, sampling: SamplingConfig
+        self,
+        prompts: list[list[int]],
+        params: list[dict] | dict,
+        sampling: SamplingConfig,
+        routes_from: int | None,
     ) -> list[Generation]:
         body = {"input_ids": prompts, "sampling_params": params, "return_logprob": True}
+        if routes_from is not None:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": routes_from}
 
         def read(url: str, data: bytes) -> list[Generation]:
             replies = _decode_replies(data)
@@ -161,7 +178,14 @@ class EngineClient:
                 raise ValueError(f"{len(replies)} replies to {len(prompts)} prompts")
             for reply in replies:
                 check_not_aborted(url, reply.meta_info.finish_reason)
-            return [_generation(reply, sampling.max_new_tokens) for reply in replies]
+            found = [_generation(reply, sampling.max_new_tokens) for reply in replies]
+            if routes_from is not None:
+                for prompt, reply, generation in zip(prompts, replies, found, strict=True):
+                    computed = len(prompt) + len(generation.token_ids) - 1
+                    generation.routes = read_routes(
+                        reply.meta_info.routed_experts, computed - routes_from
+                    )
+            return found
 
         return await self.request(body, read)
 

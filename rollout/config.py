@@ -47,6 +47,9 @@ class EngineConfig:
     """Engines that somebody else runs; none is started when this is set."""
     api_key: str = ""
     """What requests to the engines carry; empty: the run's own token."""
+    return_routes: bool = False
+    """Samples of a mixture of experts carry which experts the engine chose for each token, for
+    algorithm.routing_replay=rollout; see rollout.routes."""
     colocated: bool = False
     """Engines and trainers take turns on the same devices; needs max_staleness_steps=0."""
     router: bool = False

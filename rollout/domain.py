@@ -133,7 +133,9 @@ async def open_tasks(
                 Domain(
                     name=each.name,
                     prompts=stream,
-                    generator=replace(_punished(found, each.data), teacher=teacher),
+                    generator=replace(
+                        _punished(found, each.data), teacher=teacher, routes=engine.return_routes
+                    ),
                     filters=GroupFilters(each.filters),
                     samples_per_prompt=per_group,
                     seed=run.seed,

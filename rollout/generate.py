@@ -108,6 +108,8 @@ class Generator:
     """How many calls of foreign code run at a time."""
     teacher: Teacher | None = None
     """Whose log-probs the samples are to carry."""
+    routes: bool = False
+    """Samples carry the experts that the engine chose."""
 
     async def run(self, episodes: list[Episode], version: int) -> list[Sample]:
         """Samples of the episodes, in order; with `play` of an episode one or several.
@@ -129,6 +131,7 @@ class Generator:
                 [prompts[k] for k in started],  # pyright: ignore[reportArgumentType]
                 self.sampling,
                 [episodes[k].seed for k in started],
+                routes_from=0 if self.routes else None,
             )
             if started
             else []
@@ -187,7 +190,13 @@ class Generator:
     async def _play(self, episode: Episode, version: int) -> list[Sample]:
         """The samples of an episode that a program plays; its failure is one failed sample."""
         assert self.play is not None
-        engine = PolicyEngine(self.client, self.chat, episode_seed=episode.seed, version=version)
+        engine = PolicyEngine(
+            self.client,
+            self.chat,
+            episode_seed=episode.seed,
+            version=version,
+            routes=self.routes,
+        )
         task = AgentTask(
             environment=episode.environment,
             group_id=episode.group_id,
@@ -233,6 +242,7 @@ class Generator:
                 generation.logprobs.tolist(),
                 generation.versions.tolist(),
                 state,
+                generation.routes,
             )
             end = len(generation.token_ids) - int(generation.end_token)
             task.replies.append(self.chat.text(generation.token_ids[:end]))
@@ -255,6 +265,7 @@ class Generator:
                 [transcript.tokens],
                 replace(self.sampling, max_new_tokens=budget),
                 [derive_seed(episode.seed, "turn", len(task.replies))],
+                routes_from=transcript.num_routes if self.routes else None,
             )
 
     async def _guard(self, call: Awaitable[T], what: str, timeout_s: float | None = None) -> T:
@@ -297,6 +308,7 @@ def failed_sample(sample: Sample, reason: str) -> Sample:
         teacher_logprobs=_zeros(sample.teacher_logprobs),
         teacher_top_ids=_zeros(sample.teacher_top_ids),
         teacher_top_logprobs=_zeros(sample.teacher_top_logprobs),
+        routes=None,
     )
 
 

@@ -53,6 +53,7 @@ class SideModel:
             engine,
             **{name: getattr(self, name) for name in _OF_ENGINE},
             num_engines=1,
+            return_routes=False,
             colocated=False,
             router=False,
             urls=[],

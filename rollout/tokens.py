@@ -115,11 +115,17 @@ class Transcript:
         self._turn_starts: list[int] = []
         self._turn_states: list[str] = []
         self._turn_rewards: list[float] = []
+        self._routes: list[np.ndarray] = []
 
     @property
     def response_length(self) -> int:
         """Tokens after the prompt so far."""
         return len(self._mask)
+
+    @property
+    def num_routes(self) -> int:
+        """Tokens whose routes are known: the first so many."""
+        return sum(map(len, self._routes))
 
     def add_reply(
         self,
@@ -127,10 +133,13 @@ class Transcript:
         logprobs: Sequence[float],
         versions: Sequence[int],
         state: str = "",
+        routes: np.ndarray | None = None,
     ) -> None:
         """A turn of the policy: trained on.
 
         state: what it faced, see Sample.turn_states; empty: told apart by the turn's number alone.
+        routes: Generation.routes. Tokens that have some keep them: those of the pass that the
+        policy's choice of the next token came from.
         """
         number = len(self._turn_starts)
         self._turn_starts.append(len(self._mask))
@@ -140,6 +149,12 @@ class Transcript:
         self._mask += [1] * len(tokens)
         self._logprobs += logprobs
         self._versions += versions
+        if routes is not None:
+            first = len(self.tokens) - 1 - len(routes)
+            known = self.num_routes
+            if not 0 <= first <= known:
+                raise ValueError(f"routes begin at token {first}; {known} tokens have some")
+            self._routes.append(routes[known - first :])
 
     def pay(self, reward: float) -> None:
         """What the environment says the last turn of the policy earned."""
@@ -173,6 +188,7 @@ class Transcript:
             turn_starts=np.array(self._turn_starts, dtype=np.int32),
             turn_states=list(self._turn_states),
             turn_rewards=list(self._turn_rewards),
+            routes=np.concatenate(self._routes) if self._routes else None,
             reward=reward,
             status=status,
             metadata=metadata or {},

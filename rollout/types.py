@@ -9,6 +9,8 @@ from enum import StrEnum
 
 import numpy as np
 
+from rollout.routes import ROUTE_DTYPES
+
 
 class Status(StrEnum):
     """How a sample ended."""
@@ -56,6 +58,9 @@ class Sample:
     """[R, k] int32: the teacher's likeliest tokens in place of each (rollout.teacher_top_k)."""
     teacher_top_logprobs: np.ndarray | None = None
     """[R, k] float32: its log-probs of them."""
+    routes: np.ndarray | None = None
+    """[N, layers * k] of a type in ROUTE_DTYPES: the experts that the engine computed the first N
+    tokens with (rollout.engine.return_routes), all but what follows the policy's last choice."""
     status: Status = Status.STOPPED
     metadata: dict[str, str] = field(default_factory=dict)
     """For people: the task's own description, the answer wanted."""
@@ -99,6 +104,8 @@ class Sample:
         ):
             raise ValueError(f"{where}: teacher_logprobs must be {expected} finite numbers <= 0")
         self._check_top(where)
+        if self.routes is not None:
+            self._check_routes(where)
         if (self.versions[written] < 0).any():
             raise ValueError(f"{where}: a token written by the policy has no version")
         if not np.isfinite(self.reward):
@@ -116,6 +123,19 @@ class Sample:
             raise ValueError(f"{where}: teacher_top_ids must be token ids in each token's place")
         if not np.isfinite(logprobs).all() or (logprobs > 1e-6).any():
             raise ValueError(f"{where}: teacher_top_logprobs must be finite and <= 0")
+    def _check_routes(self, where: str) -> None:
+        routes, chosen = self.routes, self.loss_mask.nonzero()[0]
+        assert routes is not None
+        if routes.ndim != 2 or routes.dtype.name not in ROUTE_DTYPES:
+            raise ValueError(
+                f"{where}: routes are {routes.dtype}{list(routes.shape)}, not ids [N, W]"
+            )
+        needed = self.prompt_length + int(chosen[-1]) if len(chosen) else 0
+        if not needed <= len(routes) < len(self.tokens):
+            raise ValueError(
+                f"{where}: routes of {len(routes)} tokens; the policy chose with {needed} of "
+                f"{len(self.tokens)}"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

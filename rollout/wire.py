@@ -14,7 +14,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-ARRAY_DTYPES = ("uint8", "int32", "int64", "float32")
+ARRAY_DTYPES = ("uint8", "uint16", "int32", "int64", "float32")
 CONTENT_TYPE = "application/msgpack"
 
 if sys.byteorder != "little":

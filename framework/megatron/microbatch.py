@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from framework.megatron.packing import zigzag_positions
 from framework.megatron.parallel import Mesh
+from framework.megatron.routes import RouteLayout, Routes
 from rollout.types import Sample
 
 COLUMNS = ("tokens", "labels")
@@ -77,6 +78,8 @@ class Microbatch:
     """[k, T] int64: the teacher's likeliest tokens in place of the label, where the loss asks."""
     teacher_logprobs: torch.Tensor | None = None
     """[k, T] float32: its log-probs of them."""
+    routes: Routes | None = None
+    """The engine's, where the samples carry them, or the old policy's once recorded."""
 
 
 def pack_microbatch(
@@ -88,6 +91,7 @@ def pack_microbatch(
     sequence_parallel: bool,
     step: int = 0,
     teacher_top_k: int = 0,
+    route_layout: RouteLayout | None = None,
 ) -> Microbatch:
     """Pack samples (by index into the step's batch) for one rank.
 
@@ -96,6 +100,7 @@ def pack_microbatch(
         token_weight: for each index the weight of one of its policy tokens in the global loss.
         step: the version that the policy has before it, for the tokens' staleness.
         teacher_top_k: how many of a teacher's tokens the loss asks for at each position.
+        route_layout: what to make of the samples' routes; None: nothing.
 
     An empty `indices` gives a micro-batch of padding, so that all ranks run equally many.
     """
@@ -127,14 +132,20 @@ def pack_microbatch(
     sizes = starts.diff()
     packed["position_ids"] = torch.arange(cu_seqlens[-1]) - starts[:-1].repeat_interleave(sizes)
     packed["sequence_ids"] = torch.arange(len(sizes)).repeat_interleave(sizes)
+    mine = None
     if cp > 1:
         mine = torch.tensor(zigzag_positions(cu_seqlens, cp, mesh.coords.cp))
         packed = {name: values[..., mine] for name, values in packed.items()}
     longest = int(sizes.max())
     starts = starts.to(mesh.device)
+    routes = None
+    if route_layout is not None:
+        ours = [samples[i] for i in indices]
+        routes = route_layout.pack(ours, cu_seqlens, mine, mesh, sequence_parallel)
     return Microbatch(
         samples=list(indices),
         num_sequences=len(sizes),
+        routes=routes,
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=starts,

@@ -1,5 +1,6 @@
 """Forward passes and updates: micro-batches in, log-probs or a trained policy and figures out."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from framework.megatron.logprobs import LogprobContext, logprob_output_processor
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
+from framework.megatron.routing_replay import RoutingReplay
 from framework.megatron.score_head import score_output_processor
 from megatron_bridge.models.score_head import has_score_head
 
@@ -37,6 +39,8 @@ class StepRunner:
     mesh: Mesh
     temperature: float
     logits_chunk_tokens: int
+    routing: RoutingReplay | None = None
+    """Of a policy with routers."""
 
     def _run(
         self,
@@ -62,18 +66,19 @@ class StepRunner:
             batches: Iterator[Microbatch], model: torch.nn.Module
         ) -> tuple[torch.Tensor, LossFunction]:
             batch = next(batches)
-            output = model(
-                batch.tokens[None],
-                batch.position_ids[None],
-                None,
-                labels=batch.labels[None],
-                packed_seq_params=batch.packed_seq_params,
-                output_processor=processor,
-                # Passes without a gradient have no use for the teacher's tokens.
-                output_processor_context=replace(
-                    context, top_ids=None if forward_only else batch.teacher_ids
-                ),
-            )
+            with self.routing.forward(batch) if self.routing else contextlib.nullcontext():
+                output = model(
+                    batch.tokens[None],
+                    batch.position_ids[None],
+                    None,
+                    labels=batch.labels[None],
+                    packed_seq_params=batch.packed_seq_params,
+                    output_processor=processor,
+                    # Passes without a gradient have no use for the teacher's tokens.
+                    output_processor_context=replace(
+                        context, top_ids=None if forward_only else batch.teacher_ids
+                    ),
+                )
             return output, functools.partial(loss_function, batch)
 
         models: list[Any] = list(self.policy.wrapped)
@@ -105,7 +110,9 @@ class StepRunner:
         def keep(batch: Microbatch, output: torch.Tensor) -> Any:
             return output.sum() * 0, no_tokens(), {"logprobs": output[0].detach()}
 
-        with torch.no_grad():
+        routing = self.routing
+        own = routing is None or of_reference  # the reference's weights have routes of their own
+        with torch.no_grad(), contextlib.nullcontext() if own else routing.during(routing.scores()):
             outputs = self._run(microbatches, keep, forward_only=True)
         for batch, output in zip(microbatches, outputs, strict=self.mesh.is_last_stage):
             if of_reference:
@@ -154,8 +161,11 @@ class StepRunner:
             figures = _figures(batch, total, logprobs, entropy, result.metrics)
             return total, no_tokens(), figures
 
-        reports, grad_norm = self.optimize(microbatches, evaluate, lr)
-        return {**reduce_figures(reports, self.mesh), "train/grad_norm": grad_norm}
+        routing = self.routing
+        with routing.during(routing.updates()) if routing else contextlib.nullcontext():
+            reports, grad_norm = self.optimize(microbatches, evaluate, lr)
+        figures = {**reduce_figures(reports, self.mesh), "train/grad_norm": grad_norm}
+        return figures | routing.take_figures() if routing else figures
 
     def optimize(
         self, microbatches: list[Microbatch], evaluate: Evaluate, lr: float

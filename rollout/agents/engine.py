@@ -26,7 +26,12 @@ class GeneratesTokens(Protocol):
     """What is asked of rollout.client.EngineClient."""
 
     async def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        *,
+        routes_from: int | None = None,
     ) -> list[Generation]:
         """One continuation of each prompt, in order."""
         ...
@@ -36,9 +41,15 @@ class PolicyEngine:
     """The policy, for one episode."""
 
     def __init__(
-        self, client: GeneratesTokens, chat: Chat, *, episode_seed: int, version: int
+        self,
+        client: GeneratesTokens,
+        chat: Chat,
+        *,
+        episode_seed: int,
+        version: int,
+        routes: bool = False,
     ) -> None:
-        """version: the least one that sampled tokens may have."""
+        """version: the least one that sampled tokens may have. routes: generations carry them."""
         self.chat = chat
         """Text <-> tokens: `chat.prompt(messages)`, `chat.continuation(...)`, `chat.text(ids)`."""
         self.failure: EngineFailure | None = None
@@ -46,10 +57,15 @@ class PolicyEngine:
         self._client = client
         self._seed = episode_seed
         self._version = version
+        self._routes = routes
         self._asked: Counter[bytes] = Counter()
 
-    async def generate(self, tokens: list[int], sampling: SamplingConfig) -> Generation:
+    async def generate(
+        self, tokens: list[int], sampling: SamplingConfig, *, routes_from: int = 0
+    ) -> Generation:
         """One continuation of `tokens`.
+
+        routes_from: tokens whose routes need not be told again (`Transcript.num_routes`).
 
         Its seed is a function of the episode and of the tokens (and of how often these were asked
         for), so calls that run side by side give the same in whatever order they arrive.
@@ -62,7 +78,9 @@ class PolicyEngine:
         seed = derive_seed(self._seed, "call", digest.hex(), self._asked[digest])
         self._asked[digest] += 1
         try:
-            (generation,) = await self._client.generate([tokens], sampling, [seed])
+            (generation,) = await self._client.generate(
+                [tokens], sampling, [seed], routes_from=routes_from if self._routes else None
+            )
             check_version(generation, self._version)
         except EngineRefusal:
             raise

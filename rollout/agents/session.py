@@ -99,7 +99,9 @@ class Session:
         )
         segment.busy = True
         try:
-            generation = await self._engine.generate(transcript.tokens + observation, sampling)
+            generation = await self._engine.generate(
+                transcript.tokens + observation, sampling, routes_from=transcript.num_routes
+            )
         finally:
             segment.busy = False
         num_prompt_tokens = len(transcript.tokens) + len(observation)
@@ -109,6 +111,7 @@ class Session:
             generation.token_ids.tolist(),
             generation.logprobs.tolist(),
             generation.versions.tolist(),
+            routes=generation.routes,
         )
         segment.ended = generation.end_token
         segment.truncated = generation.finish == "length"

@@ -23,6 +23,7 @@ OURS = {
     "enable_deterministic_inference": "rollout.engine.deterministic",
     "max_total_tokens": "rollout.engine.max_total_tokens",
     "max_running_requests": "rollout.engine.max_running_requests",
+    "enable_return_routed_experts": "rollout.engine.return_routes",
     "api_key": "rollout.engine.api_key",
     "weight_version": "(set by the run)",
 }

@@ -61,6 +61,10 @@ def resume(manager: Any, request: Any) -> None:
                 place.tensor.set_(storage, place.offset, place.size, place.stride)
 
 
+def register(buffer: torch.Tensor, granularity_bytes: int | None = None) -> None:
+    """In place of pinning a host buffer (that of routed experts): there is no device to copy to."""
+
+
 def _place(tensor: torch.Tensor) -> _Place:
     storage = tensor.untyped_storage()
     return _Place(

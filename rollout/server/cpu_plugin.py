@@ -53,12 +53,14 @@ def _hooks() -> dict[str, tuple[str, Callable]]:
     runner = "sglang.srt.model_executor.model_runner.ModelRunner"
     updater = "sglang.srt.managers.scheduler_components.weight_updater"
     manager = f"{updater}.SchedulerWeightUpdaterManager"
+    host = "sglang.srt.mem_cache.pool_host.common"
     return {
         f"{runner}.maybe_enable_batch_invariant_mode": ("replace", _enable_batch_invariant_mode),
         f"{attention}._run_sdpa_forward_decode": ("around", cpu_attention.run_decode),
         f"{attention}._run_sdpa_forward_extend": ("around", cpu_attention.run_extend),
         f"{manager}.release_memory_occupation": ("after", cpu_memory.release),
         f"{manager}.resume_memory_occupation": ("before", cpu_memory.resume),
+        f"{host}._cuda_host_register": ("replace", cpu_memory.register),
         "sglang.srt.layers.sampler.murmur_hash32": ("replace", cpu_sampling.murmur_hash32),
     }
 

@@ -71,6 +71,7 @@ class EngineProcess(ServerProcess):
             "max_total_tokens": config.max_total_tokens,
             "max_running_requests": config.max_running_requests,
             "enable_deterministic_inference": config.deterministic,
+            "enable_return_routed_experts": config.return_routes,
             "weight_version": "0",
             "sleep_on_idle": True,
             "skip_server_warmup": True,

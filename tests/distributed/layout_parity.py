@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch._dynamo  # every optimizer imports it, for seconds: once here and not in each rank
-from layouts import MODELS, OBJECTIVES, PREFERENCES, Case
+from layouts import MODELS, MOE, OBJECTIVES, PREFERENCES, Case
 from safetensors.torch import load_file, save_file
 
 from framework.advantage_tables import VALUED
@@ -177,12 +177,23 @@ def _sample(random: np.random.Generator, group_id: int, index: int, prompt: np.n
         reward=float(length / 20 + random.random()),
     )
     # The teacher likes what the policy found unlikely: advantages of either sign.
+    sample.routes = _routes(group_id, index, len(sample.tokens) - 1)
     sample.teacher_logprobs = np.minimum(-1 - 0.5 * sample.rollout_logprobs, 0) * mask
     top = [random.choice(101, TEACHER_TOP_K, replace=False) for _ in range(length)]
     sample.teacher_top_ids = np.array(top, dtype=np.int32)
     shares = random.dirichlet(np.ones(TEACHER_TOP_K + 1), length)[:, 1:]
     sample.teacher_top_logprobs = np.log(shares + 1e-3).astype(np.float32).clip(max=0)
     return sample
+
+
+def _routes(group_id: int, index: int, num_tokens: int) -> np.ndarray:
+    """[num_tokens, layers * k] uint8: experts that no router chose."""
+    random = np.random.default_rng((group_id, index))
+    layers, experts, k = (
+        MOE[name] for name in ("num_hidden_layers", "num_experts", "num_experts_per_tok")
+    )
+    chosen = random.random((num_tokens, layers, experts)).argsort(-1)[..., :k]
+    return chosen.reshape(num_tokens, layers * k).astype(np.uint8)
 
 
 def objective(case: Case, hf_dir: Path) -> dict[str, Any]:

@@ -124,6 +124,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "ppo_reward_kl": {"advantage": "gae", "aggregation": "sequence_mean", "kl_reward_coef": 0.2},
     "gigpo": {"advantage": "group_in_group", "loss": "policy_gradient"},
+    "old_routes": {"routing_replay": "old_policy"},
+    "engine_routes": {"routing_replay": "rollout"},
     "tis": {"correction": "token", "advantage": "leave_one_out", "loss_args": {"dual_clip": 3.0}},
 }
 """Fields of `algorithm`."""
@@ -275,8 +277,8 @@ CASES = [
     _case("qwen3", OPT, OVERLAP, dp=2, objective="kl_refresh"),
     *(
         _case("qwen3", *flags, ci=False, objective=objective, **sizes)
-        for objective in OBJECTIVES
-        if objective != "grpo"
+        for objective, fields in OBJECTIVES.items()
+        if objective != "grpo" and "routing_replay" not in fields  # these need experts
         for flags, sizes in (((SP,), {"tp": 2, "cp": 2}), ((OPT,), {"pp": 2, "dp": 2}))
     ),
     *(
@@ -292,6 +294,17 @@ CASES = [
         )
     ),
     _case("moe", SP, OPT, tp=2, cp=2, dp=2, ep=4, etp=1, objective="rpo"),
+    _case("moe", SP, tp=2, cp=2, objective="engine_routes", ci=True),
+    _case("moe", dp=2, ep=2, objective="engine_routes"),
+    _case("moe_mixed", pp=2, vpp=2, cp=2, ep=2, objective="engine_routes"),
+    _case("moe", SP, OPT, FSDP, tp=2, dp=2, ep=2, objective="engine_routes"),
+    _case("glm", SP, tp=2, ep=2, objective="engine_routes"),
+    _case("deepseek", SP, OPT, tp=2, pp=2, dp=2, ep=4, objective="engine_routes"),
+    _case("moe", SP, tp=2, objective="old_routes"),
+    _case("moe_mixed", pp=2, vpp=2, cp=2, ep=2, objective="old_routes"),
+    Case("moe_mixed", {"pp": 2}, memory={"recompute": "full"}, objective="engine_routes"),
+    Case("moe_mixed", {"pp": 2, "vpp": 2}, memory=MOE_PARTS, objective="engine_routes"),
+    Case("moe", {"pp": 2, "dp": 2, "ep": 2}, memory=MOE_PARTS, objective="old_routes"),
     Case("llama", {}, ci=True, memory={"recompute": "full"}),
     Case("moe", {"dp": 2, "ep": 2}, memory=MOE_PARTS),
     Case("qwen3_tied", {"tp": 2, SP: True}, ci=True, memory={"logits_chunk_tokens": 20}),

@@ -65,6 +65,41 @@ BROKEN = [
     (["algorithm=ppo", "algorithm.advantage_args.lam=1.5"], "lam=1.5: must be in [0, 1]"),
     (["algorithm=ppo", "algorithm.advantage_args.turn_gamma=1"], "turn_gamma=1: algorithm.adv"),
     (["algorithm=ppo", "critic.init_from=/no/such"], "critic.init_from=/no/such"),
+    (["algorithm.routing_replay=r3"], "algorithm.routing_replay=r3: must be one of"),
+    (
+        ["algorithm.routing_replay=old_policy"],
+        "algorithm.routing_replay=old_policy: Qwen3ForCausalLM has no experts",
+    ),
+    (
+        ["rollout.engine.return_routes=true"],
+        "rollout.engine.return_routes=True: Qwen3ForCausalLM has no experts",
+    ),
+    (
+        ["model=tiny_moe", "algorithm.routing_replay=rollout"],
+        "rollout.engine.return_routes=False: with algorithm.routing_replay=rollout samples",
+    ),
+    (
+        ["model=tiny_moe", "algorithm.routing_replay=old_policy", "algorithm.old_logprobs=engine"],
+        "algorithm.old_logprobs=engine: saves the pass whose routes",
+    ),
+    (
+        [
+            *("model=tiny_moe", "algorithm.routing_replay=old_policy"),
+            "+model.megatron.moe_router_fusion=true",
+        ],
+        "model.megatron.moe_router_fusion=True: the fused router replays nothing",
+    ),
+    (
+        [
+            *("model=tiny_moe", "algorithm.routing_replay=old_policy"),
+            "+model.megatron.moe_router_load_balancing_type=sinkhorn",
+        ],
+        "moe_router_load_balancing_type=sinkhorn: such a router replays nothing",
+    ),
+    (
+        ["model=tiny_moe", "algorithm.routing_replay=old_policy", "stage=sft"],
+        "stage=sft samples nothing; must be none",
+    ),
     (["algorithm.entropy_coef=-0.1"], "algorithm.entropy_coef=-0.1"),
     (["algorithm.kl_coef=-0.1"], "algorithm.kl_coef=-0.1"),
     (

@@ -25,7 +25,12 @@ class ScriptedClient:
         """Set: calls wait for it."""
 
     async def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        *,
+        routes_from: int | None = None,
     ) -> list[Generation]:
         self.calls.append(seeds)
         if self.gate is not None:

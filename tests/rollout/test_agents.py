@@ -80,7 +80,7 @@ def no_coroutine(engine: PolicyEngine, task: AgentTask, sampling: SamplingConfig
 class BrokenClient(ScriptedClient):
     error: EngineFailure = EngineFailure("all engines are gone")
 
-    async def generate(self, prompts, sampling, seeds):
+    async def generate(self, prompts, sampling, seeds, **named):
         raise self.error
 
 

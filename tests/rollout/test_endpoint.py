@@ -381,7 +381,7 @@ class Recording(EngineClient):
 
     sampled: list[Generation]
 
-    async def generate(self, prompts, sampling, seeds):
+    async def generate(self, prompts, sampling, seeds, **named):
         found = await super().generate(prompts, sampling, seeds)
         self.sampled += found
         return found

@@ -167,7 +167,7 @@ class RecordingClient(ScriptedClient):
     """Right answers to samples, a wrong one where the temperature is 0."""
 
     async def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int]
+        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int], **named
     ) -> list[Generation]:
         self.calls.append(seeds)
         answer = (lambda text: "no") if sampling.temperature == 0 else last_question

@@ -1,0 +1,208 @@
+"""Routing replay on a tiny Qwen3-MoE: what is replayed, what it changes, what is refused."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from framework.algorithm.inputs import LossOutput
+from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from framework.config import TinyModelConfig as Tiny
+from framework.megatron.microbatch import Microbatch, pack_microbatch
+from framework.megatron.model import build_policy, read_hf_config
+from framework.megatron.packing import zigzag_positions
+from framework.megatron.parallel import Mesh, start_mesh, stop_mesh
+from framework.megatron.routes import OWN, RouteLayout
+from framework.megatron.routing_replay import RoutingReplay
+from framework.megatron.step import StepRunner
+from framework.tiny_model import create_tiny_model
+from megatron_bridge.layout import Layout
+from megatron_bridge.load import load_hf
+from rollout.types import Sample
+from tests.forked_ranks import run_ranks
+from tests.rollout.test_wire import make_sample
+
+EXPERTS, TOP_K, LAYERS = 8, 3, 2
+LAYOUT = RouteLayout(
+    layers=(1, 2), num_layers=LAYERS, top_k=TOP_K, num_experts=EXPERTS, required=True
+)
+
+
+@pytest.fixture(scope="module")
+def moe_dir(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "model"
+    tiny = Tiny(num_experts=EXPERTS, experts_per_token=TOP_K, ffn_size=32, tied=False)
+    create_tiny_model(tiny, path)
+    return path
+
+
+def routed_sample(seed: int, response: int = 9) -> Sample:
+    """Random tokens, and experts that no router would agree on."""
+    random = np.random.default_rng(seed)
+    sample = make_sample(response, index=seed)
+    sample.tokens = random.integers(3, 60, 4 + response).astype(np.int32)
+    choices = [random.permutation(EXPERTS)[:TOP_K] for _ in range((3 + response) * LAYERS)]
+    sample.routes = np.stack(choices).reshape(3 + response, LAYERS * TOP_K).astype(np.uint8)
+    return sample
+
+
+class OneRank:
+    """A policy with its routers, in this process."""
+
+    def __init__(self, moe_dir: Path, replay: str, recompute: str = "none") -> None:
+        parallel = ParallelConfig()
+        self.mesh = start_mesh(parallel, 0)
+        load = functools.partial(
+            load_hf,
+            hf_dir=moe_dir,
+            layout=self.mesh.layout,
+            coords=self.mesh.coords,
+            vocab_pad_multiple=8,
+        )
+        self.policy = build_policy(
+            read_hf_config(moe_dir),
+            ModelConfig(hf_path=str(moe_dir)),
+            parallel,
+            OptimizerConfig(lr=1e-2, warmup_steps=0),
+            self.mesh,
+            load,
+            MemoryConfig(recompute=recompute),
+        )
+        self.routing = RoutingReplay(self.policy, replay)
+        self.runner = StepRunner(self.policy, self.mesh, 1.0, 4096, self.routing)
+
+    def pack(self, *samples: Sample) -> Microbatch:
+        numbers = range(len(samples))
+        return pack_microbatch(
+            numbers,
+            dict(enumerate(samples)),
+            {i: torch.full((s.response_length,), 1.0 + i) for i, s in enumerate(samples)},
+            dict.fromkeys(numbers, 0.1),
+            self.mesh,
+            sequence_parallel=False,
+            route_layout=self.routing.layout,
+        )
+
+    def gradients(self, *batches: Microbatch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """Figures and gradients of an update that moves nothing."""
+
+        def objective(inputs: Any) -> Any:
+            return LossOutput(loss=-inputs.advantages * inputs.policy_logprobs, metrics={})
+
+        figures = self.runner.update(list(batches), objective, 0.0)
+        (chunk,) = self.policy.chunks
+        return figures, {
+            name: parameter.main_grad.clone()  # pyright: ignore[reportAttributeAccessIssue]
+            for name, parameter in chunk.named_parameters()
+        }
+
+
+def in_a_rank(work: Any, moe_dir: Path, tmp_path: Path) -> None:
+    run_ranks("routing replay", 1, lambda rank: work(moe_dir), tmp_path, 60.0)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_own_routes_replayed_give_the_same_bits_and_others_do_not(moe_dir, tmp_path):
+    def work(moe_dir: Path) -> None:
+        rank = OneRank(moe_dir, "old_policy")
+        samples = [routed_sample(0), routed_sample(1, 5)]
+        free = [rank.pack(each) for each in samples]
+        rank.routing.replay = "none"
+        figures, plain = rank.gradients(*free)
+        assert figures["train/other_experts_fraction"] > 0.9  # of the planted ones
+        rank.routing.replay = "old_policy"
+        batches = [rank.pack(each) for each in samples]
+        rank.runner.logprobs(batches)
+        same, replayed = rank.gradients(*batches)
+        assert same["train/other_experts_fraction"] == 0
+        assert same["train/loss"] == figures["train/loss"]
+        assert equal(plain, replayed)
+        rank.routing.replay = "rollout"
+        planted = [rank.pack(each) for each in samples]
+        rank.runner.logprobs(planted)
+        other, changed = rank.gradients(*planted)
+        assert abs(other["train/loss"] - figures["train/loss"]) > 1e-4
+        assert other["train/other_experts_fraction"] == figures["train/other_experts_fraction"]
+        gate = "decoder.layers.0.mlp.router.weight"
+        assert (changed[gate] != 0).any()  # gates are the trainer's own
+        assert not torch.equal(changed[gate], plain[gate])
+        stop_mesh()
+
+    in_a_rank(work, moe_dir, tmp_path)
+
+
+def test_layers_that_are_computed_again_meet_their_own_micro_batch(moe_dir, tmp_path):
+    def work(recompute: str, moe_dir: Path) -> None:
+        samples = [routed_sample(seed, 3 + seed) for seed in range(3)]
+        rank = OneRank(moe_dir, "rollout", recompute)
+        _, found = rank.gradients(*(rank.pack(each) for each in samples))
+        torch.save(found, tmp_path / recompute)
+        stop_mesh()
+
+    for recompute in ("none", "full"):
+        in_a_rank(functools.partial(work, recompute), moe_dir, tmp_path)
+    assert equal(*(torch.load(tmp_path / recompute) for recompute in ("none", "full")))
+
+
+def test_the_reference_chooses_its_own_experts(moe_dir, tmp_path):
+    def work(moe_dir: Path) -> None:
+        rank = OneRank(moe_dir, "rollout")
+        batches = [rank.pack(routed_sample(0))]
+        rank.runner.logprobs(batches)
+        rank.runner.logprobs(batches, of_reference=True)
+        (batch,) = batches
+        assert batch.old_logprobs is not None
+        assert batch.ref_logprobs is not None
+        assert (batch.old_logprobs - batch.ref_logprobs).abs().max() > 1e-4
+        stop_mesh()
+
+    in_a_rank(work, moe_dir, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("routes", "says"),
+    [
+        (None, "sample 7/2 has no routes"),
+        (np.zeros((6, 4), np.uint8), "routes of 4 ids a token; 2 layers of 3 experts"),
+        (np.zeros((6, 6), np.uint8), r"an expert twice: \[0, 0, 0\] of 8 for token 0 in layer 0"),
+        (np.tile([0, 1, 2, 3, 4, 9], (6, 1)), r"is not there: \[3, 4, 9\] of 8 .* layer 1"),
+    ],
+)
+def test_routes_that_are_missing_or_of_another_model_are_refused(routes, says):
+    with pytest.raises(ValueError, match=says):
+        LAYOUT.of_sample(make_sample(routes=routes))
+
+
+def test_a_failed_sample_needs_no_routes():
+    failed = make_sample(loss_mask=np.zeros(3, dtype=np.uint8))
+    assert LAYOUT.of_sample(failed) is None
+
+
+def test_routes_lie_where_their_tokens_do():
+    """Under context and sequence parallelism; the last token and padding have none."""
+    samples = [routed_sample(0, 5), routed_sample(1, 2)]  # of 9 and 6 tokens
+    cu_seqlens = [0, 12, 20, 24]  # padded to chunks of zig-zag; the rest is filler
+    layout = Layout(tp=2, cp=2)
+    for rank in range(4):
+        coords = layout.coords(rank)
+        mesh = Mesh(layout=layout, coords=coords, rank=rank, device=torch.device("cpu"))
+        positions = zigzag_positions(cu_seqlens, 2, coords.cp)
+        mine = torch.tensor(positions)
+        packed = LAYOUT.pack(samples, cu_seqlens, mine, mesh, sequence_parallel=True)
+        assert packed is not None
+        seen = positions[coords.tp * 6 : (coords.tp + 1) * 6]
+        for at, position in enumerate(seen):
+            which = sum(position >= start for start in cu_seqlens[1:])
+            place = position - cu_seqlens[which]
+            routes = samples[which].routes if which < 2 else None
+            known = routes is not None and place < len(routes)
+            for layer in (1, 2):
+                row = packed[layer][at].tolist()
+                wanted = routes[place, (layer - 1) * TOP_K : layer * TOP_K] if known else [OWN] * 3
+                assert row == list(wanted)
