@@ -159,7 +159,7 @@ class _Layer:
             batch.routes[self.number] = own[1].to(torch.int16)
             return own
         if of.routing is Routing.REPLAY:
-            self._again.append(batch.routes and batch.routes[self.number])
+            self._again.append(None if batch.routes is None else batch.routes[self.number])
         if batch.routes is None:  # padding, or samples that carry none and need not
             assert of.replay != "old_policy", "no pass has recorded what is to be replayed"
             return own

@@ -110,9 +110,9 @@ class StepRunner:
         def keep(batch: Microbatch, output: torch.Tensor) -> Any:
             return output.sum() * 0, no_tokens(), {"logprobs": output[0].detach()}
 
-        routing = self.routing
-        own = routing is None or of_reference  # the reference's weights have routes of their own
-        with torch.no_grad(), contextlib.nullcontext() if own else routing.during(routing.scores()):
+        routing = None if of_reference else self.routing  # its weights have routes of their own
+        scoring = routing.during(routing.scores()) if routing else contextlib.nullcontext()
+        with torch.no_grad(), scoring:
             outputs = self._run(microbatches, keep, forward_only=True)
         for batch, output in zip(microbatches, outputs, strict=self.mesh.is_last_stage):
             if of_reference:

@@ -239,7 +239,7 @@ class WeightSync:
             if self._quantization == "fp8":
                 yield in_fp8(stream, names, context.buffers)
             else:
-                yield rounded(stream, names)
+                yield rounded(stream, names, self._quantization)
 
     def _standing_still(self, engines: Engines | None) -> contextlib.AbstractContextManager[None]:
         if self._turns is not None:

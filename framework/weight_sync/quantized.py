@@ -4,24 +4,43 @@ weight_sync.quantization
 
     fp8          linear weights of the layers go as block fp8 (`megatron_bridge.fp8`) and scales, as
                  DeepSeek-V3's and Qwen3's own fp8 checkpoints have them
-    fp8_rounded  they are rounded to block fp8 and back. The engine computes in its own type with
-                 values that fp8 can hold: what rollouts of an fp8 engine do to training can be seen
-                 on any machine, but for the rounding of activations, which such an engine does too
+    fp8_rounded, mxfp4_rounded
+                 they are rounded to block fp8, or to MXFP4 (`megatron_bridge.mxfp4`), and back. The
+                 engine computes in its own type with values that the format can hold: what rollouts
+                 of such an engine do to training can be seen on any machine, but for the rounding
+                 of activations, which one may do too
 
-Both take whole tensors: a block that two trainer ranks share has one scale.
+All take whole tensors: a block that two trainer ranks share has one scale.
 """
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
+from typing import TypeVar
 
 import torch
 
 from framework.weight_sync.engines import WeightSyncError
 from megatron_bridge.export import Bucket, ExportBuffers
 from megatron_bridge.fp8 import SCALE_SUFFIX, dequantize, quantize
+from megatron_bridge.mxfp4 import round_mxfp4
+
+T = TypeVar("T")
 
 
-def rounded(buckets: Iterator[Bucket], names: Set[str]) -> Iterator[Bucket]:
-    """The same buckets, their tensors of these names rounded to block fp8 where they lie.
+def _round_fp8(weight: torch.Tensor) -> torch.Tensor:
+    return dequantize(*quantize(weight))
+
+
+ROUNDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fp8_rounded": _round_fp8,
+    "mxfp4_rounded": round_mxfp4,
+}
+"""What is left of a weight [R, C]; ValueError where it is not finite."""
+
+
+def rounded(buckets: Iterator[Bucket], names: Set[str], quantization: str) -> Iterator[Bucket]:
+    """The same buckets, their tensors of these names rounded where they lie.
+
+    quantization: a row of ROUNDED.
 
     Raises:
         WeightSyncError: such a tensor is not finite.
@@ -29,7 +48,7 @@ def rounded(buckets: Iterator[Bucket], names: Set[str]) -> Iterator[Bucket]:
     for bucket in buckets:
         for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
             if name in names:
-                tensor.copy_(dequantize(*_quantized(name, tensor)))
+                tensor.copy_(_checked(name, tensor, ROUNDED[quantization]))
         yield bucket
 
 
@@ -45,7 +64,7 @@ def in_fp8(buckets: Iterator[Bucket], names: Set[str], buffers: ExportBuffers) -
         parts: list[tuple[str, torch.Tensor]] = []
         for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
             if name in names:
-                values, scales = _quantized(name, tensor)
+                values, scales = _checked(name, tensor, quantize)
                 parts += [(name, values), (name + SCALE_SUFFIX, scales)]
             else:
                 parts.append((name, tensor))
@@ -66,8 +85,8 @@ def in_fp8(buckets: Iterator[Bucket], names: Set[str], buffers: ExportBuffers) -
         )
 
 
-def _quantized(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(name: str, tensor: torch.Tensor, work: Callable[[torch.Tensor], T]) -> T:
     try:
-        return quantize(tensor)
+        return work(tensor)
     except ValueError as error:
         raise WeightSyncError(f"tensor {name}: {error}") from None

@@ -2,12 +2,13 @@
 
     python scripts/benchmarks/effects.py [--effects tis] [--seeds 0 1 2] [--json FILE]
 
-The task is that of experiment=learn_grpo; the arms of a seed begin with the same weights
-(sweep.py). An effect shows on a seed where the arm with it ends at least `margin` above the arm
-without. What is printed is what was seen: an effect that does not show is a result. Needs no GPU.
-Exit status 1 when a run failed.
+The arms of a seed begin with the same weights (sweep.py). An effect shows on a seed where the arm
+with it ends at least `margin` above the arm without, or where its figure is by so much lower. What
+is printed is what was seen: an effect that does not show is a result. Needs no GPU. Exit status 1
+when a run failed.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -32,29 +33,39 @@ class Effect:
     without: tuple[str, ...]
     having: tuple[str, ...]
     margin: float = 0.1
+    figure: str = ""
+    """Instead of accuracy: the mean of this figure over all steps, which must fall, by at least
+    `margin` of what it is without."""
+    also: tuple[str, ...] = ()
+    """Further figures to print of both arms, means over all steps."""
 
 
 EFFECTS = {
     "tis": Effect(
-        says="truncated importance sampling (Yao et al. 2025) under rollouts of rounded weights",
-        both=(
-            "weight_sync.quantization=fp8_rounded",
-            "gate.enabled=false",
-        ),
+        says="truncated importance sampling (Yao et al. 2025) under rollouts of 4-bit weights",
+        both=("experiment=quantized_rollouts",),
         without=("algorithm=grpo",),
-        having=("algorithm=tis",),
+        having=(),
     ),
     "clip": Effect(
         says="PPO's clip (arXiv 1707.06347) on off-policy minibatches, eight updates on each batch",
-        both=("algorithm.updates_per_step=8", "optimizer.lr=4e-4", "num_steps=40"),
+        both=(BASE, "algorithm.updates_per_step=8", "optimizer.lr=4e-4", "num_steps=40"),
         without=("algorithm.loss_args.clip_low=1", "algorithm.loss_args.clip_high=1e6"),
         having=(),
     ),
     "stale": Effect(
         says="ratio and clip, against the engine's log-probs, on samples 8 steps old",
-        both=("rollout.max_staleness_steps=8", *SHORT),
+        both=(BASE, "rollout.max_staleness_steps=8", *SHORT),
         without=("algorithm.loss=policy_gradient",),
         having=("algorithm.old_logprobs=engine",),
+    ),
+    "routes": Effect(
+        says="replay of the engine's routes (arXiv 2510.11370), engine bf16, trainer fp32",
+        both=("experiment=routing_replay",),
+        without=("algorithm.routing_replay=none",),
+        having=(),
+        figure="train/rollout_logprob_abs_diff_mean",
+        also=("train/other_experts_fraction",),
     ),
 }
 
@@ -64,61 +75,83 @@ def main() -> int:
     parser = options("effects of papers, both arms", timeout_s=900)
     parser.add_argument("--effects", nargs="+", choices=EFFECTS, default=list(EFFECTS))
     arguments = parser.parse_args()
-    runs = [
-        Run(
-            name=f"{name}_{arm}",
-            seed=seed,
-            overrides=(BASE, *effect.both, *overrides, *arguments.overrides),
-        )
-        for seed in arguments.seeds
-        for name in arguments.effects
-        for effect in (EFFECTS[name],)
-        for arm, overrides in (("without", effect.without), ("having", effect.having))
-    ]
     for name in arguments.effects:
         print(f"{name}: {EFFECTS[name].says}")
     print("\n| effect | seed | before | without | with | difference | verdict |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    arms: dict[tuple[str, int], dict[str, Outcome]] = {}
     rows, failed = [], False
-    for outcome in sweep_as_told(runs, arguments):
-        name, _, arm = outcome.run.name.rpartition("_")
-        pair = arms.setdefault((name, outcome.run.seed), {})
-        pair[arm] = outcome
-        failed |= bool(outcome.problem)
-        if len(pair) == 2:
-            rows.append(row_of(name, **pair))
-            print(line_of(rows[-1]), flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=1))
+    for name in arguments.effects:  # each with engines of its own
+        arms: dict[int, dict[str, Outcome]] = {}
+        place = arguments.keep and arguments.keep / name
+        own = argparse.Namespace(**{**vars(arguments), "keep": place})
+        for outcome in sweep_as_told(runs_of(name, arguments), own):
+            _, _, arm = outcome.run.name.rpartition("_")
+            pair = arms.setdefault(outcome.run.seed, {})
+            pair[arm] = outcome
+            failed |= bool(outcome.problem)
+            if len(pair) == 2:
+                rows.append(row_of(name, **pair))
+                print(line_of(rows[-1]), flush=True)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(rows, indent=1))
     for name in arguments.effects:
         shown = [row["verdict"] == "shows" for row in rows if row["effect"] == name]
-        margin = EFFECTS[name].margin
-        print(f"{name}: at least {margin:g} better on {sum(shown)} of {len(shown)} seeds")
+        effect = EFFECTS[name]
+        better = f"less {effect.figure} by a share of" if effect.figure else "more accuracy by"
+        print(f"{name}: {better} {effect.margin:g} on {sum(shown)} of {len(shown)} seeds")
     return int(failed)
+
+
+def runs_of(name: str, arguments: argparse.Namespace) -> list[Run]:
+    """Both arms of an effect, on every seed."""
+    effect = EFFECTS[name]
+    return [
+        Run(
+            name=f"{name}_{arm}",
+            seed=seed,
+            overrides=(*effect.both, *overrides, *arguments.overrides),
+        )
+        for seed in arguments.seeds
+        for arm, overrides in (("without", effect.without), ("having", effect.having))
+    ]
 
 
 def row_of(name: str, without: Outcome, having: Outcome) -> dict:
     """Both arms of a seed."""
+    effect = EFFECTS[name]
     row: dict = {"effect": name, "seed": without.run.seed}
     if problem := without.problem or having.problem:
         return row | {"verdict": f"failed: {problem}"}
-    last = without.accuracies[-1], having.accuracies[-1]
-    difference = last[1] - last[0]
+    if effect.figure:
+        first, second = (mean_of(each, effect.figure) for each in (without, having))
+        shows = first - second >= effect.margin * first
+    else:
+        first, second = without.accuracies[-1], having.accuracies[-1]
+        shows = second - first >= effect.margin
+        row["before"] = having.accuracies[0]
     return row | {
-        "before": having.accuracies[0],
-        "without": last[0],
-        "with": last[1],
-        "difference": difference,
-        "verdict": "shows" if difference >= EFFECTS[name].margin else "does not show",
+        "without": first,
+        "with": second,
+        "difference": second - first,
+        "verdict": "shows" if shows else "does not show",
+        "also": {key: [mean_of(each, key) for each in (without, having)] for key in effect.also},
     }
+
+
+def mean_of(outcome: Outcome, key: str) -> float:
+    """A figure's mean over the steps of a run."""
+    lines = (outcome.run_dir / "metrics.jsonl").read_text().splitlines()
+    found = [row[key] for row in map(json.loads, lines) if key in row]
+    return sum(found) / len(found)
 
 
 def line_of(row: dict) -> str:
     """The same as a line of markdown."""
     names = ("before", "without", "with", "difference")
-    figures = [f"{row[name]:.3f}" if name in row else "" for name in names]
-    return f"| {row['effect']} | {row['seed']} | {' | '.join(figures)} | {row['verdict']} |"
+    figures = [f"{row[name]:.4g}" if name in row else "" for name in names]
+    also = [f"; {key} {a:.4g}, {b:.4g}" for key, (a, b) in row.get("also", {}).items()]
+    verdict = row["verdict"] + "".join(also)
+    return f"| {row['effect']} | {row['seed']} | {' | '.join(figures)} | {verdict} |"
 
 
 if __name__ == "__main__":

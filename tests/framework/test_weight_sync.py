@@ -14,7 +14,7 @@ import torch
 
 from framework.weight_sync import engines
 from framework.weight_sync.engines import Engines, WeightSyncError
-from framework.weight_sync.quantized import in_fp8, rounded
+from framework.weight_sync.quantized import ROUNDED, in_fp8, rounded
 from megatron_bridge.export import Bucket, ExportBuffers
 from megatron_bridge.fp8 import FP8, dequantize
 
@@ -109,6 +109,7 @@ def test_a_bucket_in_fp8_is_what_sglangs_receiver_takes_apart(dtype):
 def test_a_weight_that_is_not_finite_is_named_and_not_sent():
     weight = torch.full((2, 2), torch.inf)
     bucket = Bucket(["w"], [weight.dtype], [(2, 2)], weight.view(torch.uint8), [weight])
-    for stream in (in_fp8(iter([bucket]), {"w"}, ExportBuffers()), rounded(iter([bucket]), {"w"})):
+    streams = [rounded(iter([bucket]), {"w"}, name) for name in ROUNDED]
+    for stream in (in_fp8(iter([bucket]), {"w"}, ExportBuffers()), *streams):
         with pytest.raises(WeightSyncError, match="tensor w: it holds values that are not finite"):
             next(stream)
