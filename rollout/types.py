@@ -123,6 +123,7 @@ class Sample:
             raise ValueError(f"{where}: teacher_top_ids must be token ids in each token's place")
         if not np.isfinite(logprobs).all() or (logprobs > 1e-6).any():
             raise ValueError(f"{where}: teacher_top_logprobs must be finite and <= 0")
+
     def _check_routes(self, where: str) -> None:
         routes, chosen = self.routes, self.loss_mask.nonzero()[0]
         assert routes is not None
