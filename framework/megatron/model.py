@@ -177,7 +177,7 @@ def transformer_config(
 
 
 def _fuses_latent_rope(settings: dict[str, Any]) -> bool:
-    """Whether the fused kernel for latent attention can: YaRN only, and head sizes of 2 to a power."""
+    """Whether the kernel for latent attention can: YaRN only, head sizes that are powers of 2."""
     sizes = (settings[name] for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"))
     return settings.get("rope_type") != "rope" and all(size & (size - 1) == 0 for size in sizes)
 
