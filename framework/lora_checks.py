@@ -21,7 +21,7 @@ def lora_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
     lora = config.model.lora
     if not uses_lora(config):
         for each, value in dataclasses.asdict(lora).items():
-            if value != getattr(LoraConfig(), each):
+            if each != "rank" and value != getattr(LoraConfig(), each):
                 yield f"model.lora.{each}={value}: there are no adapters; set model.lora.rank"
         return
     key = f"model.lora.rank={lora.rank}"

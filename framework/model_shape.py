@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def read_hf_config(key: str, directory: str) -> dict[str, Any]:
     if not path.is_dir():
         raise ValueError(
             f"{key}={directory}: no such directory; a Hugging Face model directory is wanted"
+            + _made_by(path)
         )
     file = path / "config.json"
     if not file.is_file():
@@ -83,6 +85,13 @@ def read_hf_config(key: str, directory: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{key}={directory}: config.json is not a JSON object")
     return values
+
+
+def _made_by(path: Path) -> str:
+    """Which experiment would leave a directory of this name, where one is called as its run is."""
+    ours = resources.files("hydra_configs") / "experiment"
+    names = (name for name in path.parts if (ours / f"{name}.yaml").is_file())
+    return "".join(f"; drivetrain experiment={name} makes it" for name in names)
 
 
 def _from_hf(values: dict[str, Any], where: str) -> ModelShape:

@@ -202,3 +202,16 @@ def test_every_option_of_every_group_composes() -> None:
 def test_what_is_seldom_meant_is_said(line: list[str], named: list[str]) -> None:
     notes = list(config_notes(compose_config(line)))
     assert [note.split(" ")[0].rstrip(":") for note in notes] == named
+
+
+def test_the_readme_names_every_experiment() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    table = text.partition("## Experiments\n")[2].partition("\n## ")[0]
+    named = {word for word in table.split("`") if word.isidentifier()}
+    assert named == set(group_options()["experiment"])
+
+
+def test_a_missing_directory_says_which_experiment_makes_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "rlhf_sft"
+    config = compose_config([f"model.hf_path={run_dir / 'tiny_model'}"])
+    assert any("drivetrain experiment=rlhf_sft makes it" in line for line in check_config(config))
