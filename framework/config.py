@@ -217,10 +217,10 @@ class WeightSyncConfig:
     """With transport=delta every so many pushes all weights travel, not only what changed; 0: only
     where an engine needs them."""
     quantization: str = "none"
-    """none | fp8_rounded, mxfp4_rounded: linear weights are rounded to block fp8 (128 x 128), or to
-    MXFP4, and back before they are sent | fp8: they are sent so, with their scales, to engines that
-    serve fp8. In each case the engine samples from the rounded policy, the trainer trains the other
-    one."""
+    """none | fp8_rounded, mxfp4_rounded, int2_rounded: linear weights are rounded to block fp8 (128
+    x 128), MXFP4 or two bits a weight, and back before they are sent | fp8: they are sent so, with
+    their scales, to engines that serve fp8. In each case the engine samples from the rounded
+    policy, the trainer trains the other one."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,7 +29,7 @@ CHOICES = {
     "algorithm.routing_replay": ("none", "old_policy", "rollout"),
     "batch.overlong": ("refuse", "truncate"),
     "weight_sync.pause_mode": ("retract", "in_place"),
-    "weight_sync.quantization": ("none", "fp8_rounded", "mxfp4_rounded", "fp8"),
+    "weight_sync.quantization": ("none", "fp8_rounded", "mxfp4_rounded", "int2_rounded", "fp8"),
     "cluster.launcher": ("local", "slurm", "manual"),
 }
 POSITIVE = (

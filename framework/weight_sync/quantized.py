@@ -4,11 +4,11 @@ weight_sync.quantization
 
     fp8          linear weights of the layers go as block fp8 (`megatron_bridge.fp8`) and scales, as
                  DeepSeek-V3's and Qwen3's own fp8 checkpoints have them
-    fp8_rounded, mxfp4_rounded
-                 they are rounded to block fp8, or to MXFP4 (`megatron_bridge.mxfp4`), and back. The
-                 engine computes in its own type with values that the format can hold: what rollouts
-                 of such an engine do to training can be seen on any machine, but for the rounding
-                 of activations, which one may do too
+    fp8_rounded, mxfp4_rounded, int2_rounded
+                 they are rounded to block fp8, to MXFP4 (`megatron_bridge.mxfp4`) or to two bits
+                 (`megatron_bridge.int2`), and back. The engine computes in its own type with values
+                 that the format can hold: what rollouts of such an engine do to training can be
+                 seen on any machine, but for the rounding of activations, which one may do too
 
 All take whole tensors: a block that two trainer ranks share has one scale.
 """
@@ -21,6 +21,7 @@ import torch
 from framework.weight_sync.engines import WeightSyncError
 from megatron_bridge.export import Bucket, ExportBuffers
 from megatron_bridge.fp8 import SCALE_SUFFIX, dequantize, quantize
+from megatron_bridge.int2 import round_int2
 from megatron_bridge.mxfp4 import round_mxfp4
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ def _round_fp8(weight: torch.Tensor) -> torch.Tensor:
 ROUNDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "fp8_rounded": _round_fp8,
     "mxfp4_rounded": round_mxfp4,
+    "int2_rounded": round_int2,
 }
 """What is left of a weight [R, C]; ValueError where it is not finite."""
 

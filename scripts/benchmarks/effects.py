@@ -10,6 +10,7 @@ when a run failed.
 
 import argparse
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 from sweep import Outcome, Run, options, sweep_as_told  # noqa: E402
 
 BASE = "experiment=learn_grpo"
+EVAL_TIMEOUT_S = 600.0
 SHORT = ("num_steps=60", "optimizer.lr=4e-4")
 
 
@@ -36,16 +38,21 @@ class Effect:
     figure: str = ""
     """Instead of accuracy: the mean of this figure over all steps, which must fall, by at least
     `margin` of what it is without."""
+    final: bool = False
+    """Accuracy is that of the trainer's own weights (hf/, by mode=eval), not of what engines serve
+    of them."""
     also: tuple[str, ...] = ()
     """Further figures to print of both arms, means over all steps."""
 
 
 EFFECTS = {
     "tis": Effect(
-        says="truncated importance sampling (Yao et al. 2025) under rollouts of 4-bit weights",
+        says="truncated importance sampling (Yao et al. 2025) under rollouts of 2-bit weights",
         both=("experiment=quantized_rollouts",),
         without=("algorithm=grpo",),
         having=(),
+        final=True,
+        also=("train/rollout_logprob_abs_diff_mean",),
     ),
     "clip": Effect(
         says="PPO's clip (arXiv 1707.06347) on off-policy minibatches, eight updates on each batch",
@@ -126,7 +133,8 @@ def row_of(name: str, without: Outcome, having: Outcome) -> dict:
         first, second = (mean_of(each, effect.figure) for each in (without, having))
         shows = first - second >= effect.margin * first
     else:
-        first, second = without.accuracies[-1], having.accuracies[-1]
+        measure = own_accuracy if effect.final else served_accuracy
+        first, second = measure(without), measure(having)
         shows = second - first >= effect.margin
         row["before"] = having.accuracies[0]
     return row | {
@@ -136,6 +144,25 @@ def row_of(name: str, without: Outcome, having: Outcome) -> dict:
         "verdict": "shows" if shows else "does not show",
         "also": {key: [mean_of(each, key) for each in (without, having)] for key in effect.also},
     }
+
+
+def served_accuracy(outcome: Outcome) -> float:
+    """Of what the engines served at the end."""
+    return outcome.accuracies[-1]
+
+
+def own_accuracy(outcome: Outcome) -> float:
+    """Of the final weights as the trainer has them."""
+    directory = outcome.run_dir.with_name(f"{outcome.run_dir.name}_eval")
+    command = [
+        str(Path(sys.executable).with_name("drivetrain")),
+        *outcome.run.overrides,
+        f"seed={outcome.run.seed}",
+        *("mode=eval", "warm_start.num_steps=0", "weight_sync.quantization=none"),
+        *("tracker=quiet", f"model.hf_path={outcome.run_dir / 'hf'}", f"run_dir={directory}"),
+    ]
+    subprocess.run(command, check=True, timeout=EVAL_TIMEOUT_S, stdout=subprocess.DEVNULL)
+    return json.loads((directory / "eval.jsonl").read_text())["accuracy"]
 
 
 def mean_of(outcome: Outcome, key: str) -> float:

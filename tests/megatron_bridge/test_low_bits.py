@@ -1,8 +1,9 @@
-"""Rounding to MXFP4 against the format written out, value by value."""
+"""Rounding to MXFP4, and to two bits, against the formats written out, value by value."""
 
 import pytest
 import torch
 
+from megatron_bridge.int2 import round_int2
 from megatron_bridge.mxfp4 import round_mxfp4
 
 GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -33,3 +34,12 @@ def test_what_is_rounded_stays_as_it_is():
     once = round_mxfp4(torch.randn(5, 100))
     assert torch.equal(round_mxfp4(once), once)
     assert not round_mxfp4(torch.zeros(2, 33)).any()
+
+
+def test_two_bits_hold_a_sign_or_nothing_of_the_largest_of_a_row():
+    weight = torch.tensor([[4.0, -2.1, 1.9, -4.0], [0.0, 0.0, 0.0, 0.0], [0.1, 0.3, -0.4, 0.05]])
+    assert round_int2(weight).tolist() == [
+        [4, -4, 0, -4],
+        [0, 0, 0, 0],
+        pytest.approx([0, 0.4, -0.4, 0]),
+    ]
