@@ -67,11 +67,14 @@ class EngineParameters:
         """Take in whole Hugging Face tensors, each tensor of the model once, in any order.
 
         Yields:
-            What became complete: a parameter and its content, valid until the next one.
+            What became complete: a parameter and its content, valid until the next one. With the
+            first tensors also those that are padding and nothing else.
 
         Raises:
             ValueError: a tensor is not the model's, misshapen, or came twice.
         """
+        if not self._added:
+            yield from self._padding(bucket.flat.device)
         for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
             if name not in self._wanted:
                 raise ValueError(f"pushed tensor {name} is not one of the engine's model")
@@ -88,10 +91,19 @@ class EngineParameters:
                 if content is not None:
                     yield each, content
 
+    def _padding(self, device: torch.device) -> Iterator[tuple[EngineParameter, torch.Tensor]]:
+        """On a CPU a narrow width may be padded to more than twice itself, then cut."""
+        for each in self.all:
+            if not each.view.boxes:
+                yield each, torch.zeros(each.view.shape, dtype=self._type(each), device=device)
+
+    def _type(self, each: EngineParameter) -> torch.dtype:
+        return torch.float32 if each.name in self._float32 else self._dtype
+
     def _place(self, each: EngineParameter, box: Box, tensor: torch.Tensor) -> torch.Tensor | None:
         """Copy one box; the whole content when it was the last one."""
         source = tensor[box.source]
-        dtype = torch.float32 if each.name in self._float32 else self._dtype
+        dtype = self._type(each)
         if each.view.shape == box.size:  # nothing to put together
             return source.to(dtype)
         if each.content is None:

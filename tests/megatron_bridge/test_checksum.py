@@ -16,6 +16,7 @@ from bridge_models import create_patterned_model
 from safetensors.torch import load_file
 
 from megatron_bridge.checksum import ExpectedChecksums
+from megatron_bridge.engine_parameters import EngineParameters
 from megatron_bridge.export import Bucket
 from megatron_bridge.hf_checkpoint import read_config
 from megatron_bridge.hf_writer import HfWriter
@@ -149,3 +150,24 @@ def test_engine_tp_that_sglang_cannot_serve_is_refused(tmp_path):
     assert engine_views(config, 4, 0, "cuda")
     with pytest.raises(ValueError, match=r"rollout\.engine\.tp=3"):
         engine_views(config, 3, 0, "cuda")
+
+
+def test_an_engine_rank_of_padding_alone_is_expected_to_hold_zeros(tmp_path):
+    """SGLang pads experts 32 wide to 64 for two ranks on a CPU: the second has nothing."""
+    tensors = create_patterned_model("glm4_moe", tmp_path, num_hidden_layers=2)
+    config = read_config(tmp_path)
+    name = "model.layers.1.mlp.experts.w2_weight"
+    view = engine_views(config, 2, 1, "cpu")[name]
+    assert not view.boxes
+    parameters = EngineParameters(config, 2, torch.bfloat16, "cpu")
+    for _ in range(2):
+        parameters.reset()
+        found = [
+            (each.name, content)
+            for key, tensor in tensors.items()
+            for each, content in parameters.add(bucket_of({key: tensor}))
+            if 1 in each.ranks
+        ]
+        assert len(found) == len(engine_views(config, 2, 1, "cpu"))
+        (content,) = [content for key, content in found if key == name]
+        assert content.equal(torch.zeros(view.shape, dtype=torch.bfloat16))
