@@ -52,6 +52,9 @@ LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
     "head_dim": 8,  # what transformers rotates
+    "moe_layer_freq": 1,  # not read by transformers; SGLang's model wants these
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
 }
 
 YARN = {
