@@ -255,8 +255,19 @@ def engine_qkv(place: Place, q: View, k: View, v: View) -> View:
 
 
 def _padded_ffn(place: Place, tensor: View, dim: int) -> View:
+    return pad(tensor, dim, place.tp * _padded_part(place, tensor.shape[dim]))
+
+
+def _padded_part(place: Place, width: int) -> int:
+    """What a rank of SGLang has of a feed-forward width."""
     step = place.ffn_multiple * place.tp
-    return pad(tensor, dim, -(-tensor.shape[dim] // step) * step)
+    return -(-width // step) * place.ffn_multiple
+
+
+def _expert_part(place: Place, tensor: View, dim: int) -> View:
+    """Unlike other widths those of experts are cut, then padded."""
+    part = shard(tensor, dim, place.tp, place.tp_rank)
+    return pad(part, dim, _padded_part(place, tensor.shape[dim]))
 
 
 def engine_gated(place: Place, gate: View, up: View) -> View:
@@ -270,15 +281,15 @@ def engine_down(place: Place, tensor: View) -> View:
 
 
 def engine_experts_gated(place: Place, *tensors: View) -> View:
-    """SGLang: `engine_gated` of every expert, stacked; all gates come first, then all ups."""
+    """SGLang: [gate; up] of every expert, stacked; all gates come first, then all ups."""
     half = len(tensors) // 2
     pairs = zip(tensors[:half], tensors[half:], strict=True)
-    return stack([engine_gated(place, gate, up) for gate, up in pairs])
+    return stack([concat(0, [_expert_part(place, each, 0) for each in pair]) for pair in pairs])
 
 
 def engine_experts_down(place: Place, *tensors: View) -> View:
-    """SGLang: `engine_down` of every expert, stacked."""
-    return stack([engine_down(place, tensor) for tensor in tensors])
+    """SGLang: the down-projection of every expert, stacked."""
+    return stack([_expert_part(place, tensor, 1) for tensor in tensors])
 
 
 ENGINE_VOCAB_PADDING = 64

@@ -153,10 +153,10 @@ def test_engine_tp_that_sglang_cannot_serve_is_refused(tmp_path):
 
 
 def test_an_engine_rank_of_padding_alone_is_expected_to_hold_zeros(tmp_path):
-    """SGLang pads experts 32 wide to 64 for two ranks on a CPU: the second has nothing."""
+    """SGLang pads a shared expert 32 wide to 64 for two ranks on a CPU: the second has nothing."""
     tensors = create_patterned_model("glm4_moe", tmp_path, num_hidden_layers=2)
     config = read_config(tmp_path)
-    name = "model.layers.1.mlp.experts.w2_weight"
+    name = "model.layers.1.mlp.shared_experts.down_proj.weight"
     view = engine_views(config, 2, 1, "cpu")[name]
     assert not view.boxes
     parameters = EngineParameters(config, 2, torch.bfloat16, "cpu")

@@ -44,6 +44,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [  # model, tp of the engine, oth
     ("qwen2_moe", 1, USUAL_HEADS),
     ("qwen3_untied", 1, {}),
     ("qwen3_moe", 1, {}),
+    ("qwen3_moe", 2, {}),
     ("mixtral", 1, USUAL_HEADS),
 ]
 
