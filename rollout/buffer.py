@@ -15,39 +15,18 @@ size (a domain of a mixture has its share of each), the sizes of the steps take 
 A finished group may be dropped instead of accepted; then one more may start, with a new id. Both
 rules count groups not dropped, so the bound stays. With eta = 0 the batch is then the first B
 groups from there on that are not dropped, in whatever order they finish.
+
+A lease, an accepted or dropped group, and every group of a step cost the same however many there
+are; a step that waits looks at each version of which groups are missing, at most eta + 1.
 """
 
-import heapq
 import math
-from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
 
+from rollout.buffer_state import BufferState, Lease
+from rollout.started import Started
 from rollout.types import Group
-
-
-@dataclass(kw_only=True, slots=True)
-class Lease:
-    """A group that somebody is generating."""
-
-    group_id: int
-    start_version: int
-
-
-@dataclass(kw_only=True, slots=True)
-class BufferState:
-    """Everything a buffer holds, as it is saved."""
-
-    version: int
-    num_started: int
-    """Groups ever: the prompt cursor."""
-    next_step: int
-    leases: list[Lease] = field(default_factory=list)
-    accepted: list[Group] = field(default_factory=list)
-    num_dropped: int = 0
-    """Ever."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Since the last step, by reason."""
 
 
 class DataBuffer:
@@ -92,21 +71,15 @@ class DataBuffer:
         self._num_dropped = 0
         self._running: dict[int, Lease] = {}
         self._returned: deque[Lease] = deque()
-        # Accepted groups and counts of all groups not yet delivered, by start version: at most
-        # eta + 1 versions are alive at a time: a take is O(eta + B log n), the rest O(log n).
-        # Each version's groups are a heap of (id, group): ids are unique, groups never compared.
-        self._accepted: dict[int, list[tuple[int, Group]]] = {}
-        self._undelivered: Counter[int] = Counter()
+        # Versions with groups that are not delivered, in order: at most eta + 1 at a time.
+        self._started: OrderedDict[int, Started] = OrderedDict()
+        self.num_accepted = 0
+        """Finished groups that wait for their step."""
 
     @property
     def num_running(self) -> int:
         """Groups that are being generated."""
         return len(self._running)
-
-    @property
-    def num_accepted(self) -> int:
-        """Finished groups that wait for their step."""
-        return sum(len(groups) for groups in self._accepted.values())
 
     def publish(self, version: int) -> None:
         """A new policy version serves: more groups may start."""
@@ -125,11 +98,14 @@ class DataBuffer:
             limit += math.ceil(self._size() * self._oversample)
         if self._num_started - self._num_dropped >= limit:
             return None
-        group_id = self._first_id + self._num_started * self._id_stride
-        lease = Lease(group_id=group_id, start_version=self.version)
+        started = self._started.get(self.version)
+        if started is None:
+            started = Started(version=self.version, first=self._num_started)
+            self._started[self.version] = started
+        started.start()
+        lease = Lease(group_id=self._id(self._num_started), start_version=self.version)
         self._num_started += 1
         self._running[lease.group_id] = lease
-        self._undelivered[lease.start_version] += 1
         return lease
 
     def give_back(self, group_id: int) -> None:
@@ -145,14 +121,13 @@ class DataBuffer:
                 f"{group.start_version}"
             )
         self._take_running(group.group_id)
-        self._put(group)
+        self._started[group.start_version].ready.push(group)
+        self.num_accepted += 1
 
     def drop(self, group_id: int, why: str) -> None:
         """A running group is finished and not wanted: another may start in its place."""
         lease = self._take_running(group_id)
-        self._undelivered[lease.start_version] -= 1
-        if not self._undelivered[lease.start_version]:
-            del self._undelivered[lease.start_version]
+        self._leave(self._started[lease.start_version], group_id)
         self._num_dropped += 1
         self.dropped[why] += 1
 
@@ -170,21 +145,16 @@ class DataBuffer:
         if not self.may_take():
             return None
         size, batch = self._size(), []
-        for version in sorted(self._accepted):
-            groups = self._accepted[version]
-            taken = min(size - len(batch), len(groups))
-            batch += [heapq.heappop(groups)[1] for _ in range(taken)]
-            self._undelivered[version] -= taken
-            for table in (self._accepted, self._undelivered):
-                if not table[version]:
-                    del table[version]
-            if len(batch) == size:
-                break
+        for started in list(self._first_ready(size)):  # ids grow with versions: batch is in order
+            for _ in range(min(size - len(batch), len(started.ready))):
+                batch.append(started.ready.pop())
+                self._leave(started, batch[-1].group_id)
+        self.num_accepted -= size
         if self._oversample:
             self._drop_rest()
         self.next_step += 1
         self.dropped = Counter()
-        return sorted(batch, key=lambda group: group.group_id)
+        return batch
 
     def blockers(self) -> list[int]:
         """Running groups, oldest first: what a waiting step waits for."""
@@ -193,23 +163,22 @@ class DataBuffer:
 
     def state_dict(self) -> BufferState:
         """Everything; groups that are running are generated again after a restart."""
+        state = self.outline()
+        state.accepted = [
+            group for started in self._started.values() for group in started.ready.groups()
+        ]
+        return state
+
+    def outline(self) -> BufferState:
+        """The state without what was generated: finished groups are running ones in it."""
         return BufferState(
             version=self.version,
             num_started=self._num_started,
             next_step=self.next_step,
-            leases=[*self._returned, *self._running.values()],
-            accepted=[group for groups in self._accepted.values() for _, group in sorted(groups)],
+            started=[each.state() for each in self._started.values()],
             num_dropped=self._num_dropped,
             dropped=dict(self.dropped),
         )
-
-    def outline(self) -> BufferState:
-        """The state without what was generated: finished groups are running ones in it."""
-        state = self.state_dict()
-        for group in state.accepted:
-            state.leases.append(Lease(group_id=group.group_id, start_version=group.start_version))
-        state.accepted = []
-        return state
 
     def give_back_all(self) -> None:
         """No running group was finished."""
@@ -218,34 +187,79 @@ class DataBuffer:
         self._returned = deque(sorted(self._returned, key=lambda lease: lease.group_id))
 
     def load_state_dict(self, state: BufferState) -> None:
-        """Continue from a saved state, in a new buffer of the same settings."""
+        """Continue from a saved state, in a new buffer of the same settings.
+
+        ValueError: it is damaged, or its groups would be older when trained than the bound here.
+        """
+        state.check()
         self.version = state.version
         self._num_started = state.num_started
         self.next_step = state.next_step
-        self._running = {}
-        self._returned = deque(sorted(state.leases, key=lambda lease: lease.group_id))
-        self._accepted = {}
-        for group in state.accepted:
-            self._put(group)
-        pending = [*state.leases, *state.accepted]
-        self._undelivered = Counter(item.start_version for item in pending)
         self._num_dropped = state.num_dropped
         self.dropped = Counter(state.dropped)
+        self._running = {}
+        self._started = OrderedDict()
+        for each in state.started:
+            if any(each.undelivered):
+                self._started[each.version] = Started.of(each)
+        self._load_accepted(state.accepted)
+        self._returned = deque(
+            Lease(group_id=self._id(place), start_version=started.version)
+            for started in self._started.values()
+            for place in started.places()
+            if self._id(place) not in started.ready
+        )
+        self._check_bound()
+
+    def _load_accepted(self, groups: list[Group]) -> None:
+        for group in groups:
+            started = self._started.get(group.start_version)
+            if started is None or not started.holds(self._place(group.group_id)):
+                raise ValueError(
+                    f"rollout state: group {group.group_id} of version {group.start_version} is "
+                    "finished and was never started, or is delivered"
+                )
+            started.ready.push(group)
+        self.num_accepted = len(groups)
+
+    def _check_bound(self) -> None:
+        if self._oversample:
+            return
+        due, delivered = 0, self._through(self.next_step - 1)
+        for started in self._started.values():
+            due += started.num_undelivered
+            last = started.version + self._eta
+            binds = self.next_step <= last <= self._last_step()
+            if binds and due > self._through(last) - delivered:
+                raise ValueError(
+                    f"rollout.max_staleness_steps={self._eta}: the state to go on from has {due} "
+                    f"groups of version {started.version} or older, more than the steps up to "
+                    f"{last} train; go on with the number that it was written with"
+                )
 
     def _drop_rest(self) -> None:
         """The step has its groups: what is running or finished beyond them is not wanted."""
-        rest = [group_id for groups in self._accepted.values() for group_id, _ in groups]
+        rest = [group_id for each in self._started.values() for group_id in each.ready.ids()]
         self.aborted = sorted([*self._running, *rest])
         self._returned.clear()
-        count = self._undelivered.total()
+        count = sum(each.num_undelivered for each in self._started.values())
         self._num_dropped += count
         self.dropped["surplus"] += count
-        for table in (self._running, self._accepted, self._undelivered):
-            table.clear()
+        self._running.clear()
+        self._started.clear()
+        self.num_accepted = 0
 
-    def _put(self, group: Group) -> None:
-        groups = self._accepted.setdefault(group.start_version, [])
-        heapq.heappush(groups, (group.group_id, group))
+    def _leave(self, started: Started, group_id: int) -> None:
+        """A group is delivered or dropped; a version of which none is left leaves with it."""
+        started.leave(self._place(group_id))
+        if not started.num_undelivered:
+            del self._started[started.version]
+
+    def _id(self, place: int) -> int:
+        return self._first_id + place * self._id_stride
+
+    def _place(self, group_id: int) -> int:
+        return (group_id - self._first_id) // self._id_stride
 
     def _take_running(self, group_id: int) -> Lease:
         lease = self._running.pop(group_id, None)
@@ -258,15 +272,23 @@ class DataBuffer:
         if self._oversample:
             return True  # whoever is late is dropped
         due, in_batch, size = 0, 0, self._size()
-        for version in sorted(self._undelivered):
-            due += self._undelivered[version]
-            ready = len(self._accepted.get(version, ()))
-            in_batch = min(in_batch + ready, size)
+        for started in self._started.values():
+            due += started.num_undelivered
+            in_batch += len(started.ready)
+            if in_batch >= size:  # a whole step less is due: what was let start fits the others
+                return True
             # What steps after this one may still train of this version.
-            last = max(min(version + self._eta, self._last_step()), self.next_step)
+            last = max(min(started.version + self._eta, self._last_step()), self.next_step)
             if due - in_batch > self._through(last) - self._through(self.next_step):
                 return False
         return True
+
+    def _first_ready(self, size: int) -> Iterator[Started]:
+        """The oldest versions, until they have so many finished groups."""
+        for started in self._started.values():
+            yield started
+            if (size := size - len(started.ready)) <= 0:
+                return
 
     def _last_step(self) -> int:
         """The last one that groups may be started for."""

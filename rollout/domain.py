@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from rollout.agents.players import places, player
-from rollout.buffer import Lease
+from rollout.buffer_state import Lease
 from rollout.client import EngineClient
 from rollout.config import DataConfig, RolloutRun, SamplingConfig
 from rollout.data import PromptStream

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from rollout.buffer import BufferState, DataBuffer, Lease
+from rollout.buffer import DataBuffer
+from rollout.buffer_state import BufferState, Lease
 from rollout.config import CurriculumConfig
 from rollout.shares import Shares, SharesState
 from rollout.types import Group, Sample, Status

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rollout.batch import domain_metrics, make_batch
-from rollout.buffer import Lease
+from rollout.buffer_state import Lease
 from rollout.client import EngineFailure
 from rollout.domain import Domain
 from rollout.filters import FilterFailure, keep_widest
@@ -238,7 +238,8 @@ class Producer:
 
     def _abort(self, group_ids: list[int]) -> None:
         """Their requests end, and engines drop what they were sampling for them."""
-        self._times = {k: v for k, v in self._times.items() if k not in group_ids}
+        for group_id in group_ids:
+            self._times.pop(group_id, None)
         names = {f"group {group_id}" for group_id in group_ids}
         for task in (each for each in self._tasks if each.get_name() in names):
             task.cancel()

@@ -8,7 +8,7 @@ from rollout.mixed_buffer import MixedState
 from rollout.run_dir import write_atomic
 from rollout.wire import decode, encode
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 _START = "start.msgpack"
 """In rollouts/: where trainers told a rollout process to begin; the journal goes on from there."""
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import simpy
 
-from rollout.buffer import DataBuffer, Lease
+from rollout.buffer import DataBuffer
+from rollout.buffer_state import Lease
 from rollout.types import Group
 
 

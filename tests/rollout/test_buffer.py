@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.buffer import BufferState, DataBuffer, Lease
+from rollout.buffer import DataBuffer
+from rollout.buffer_state import BufferState, Lease
 from rollout.types import Group
 from rollout.wire import decode, encode
 

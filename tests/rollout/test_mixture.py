@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.buffer import BufferState, DataBuffer, Lease
+from rollout.buffer import DataBuffer
+from rollout.buffer_state import BufferState, Lease
 from rollout.config import CurriculumConfig, DataConfig, RolloutConfig, SamplingConfig
 from rollout.data import PromptStream, demonstrations
 from rollout.domain import Domain

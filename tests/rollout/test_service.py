@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from rollout.buffer import BufferState
+from rollout.buffer_state import BufferState
 from rollout.client import EngineFailure
 from rollout.data import PromptStream
 from rollout.journal import list_steps, read_step, write_step
