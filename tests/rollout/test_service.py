@@ -290,7 +290,7 @@ def test_states_that_do_not_fit_are_refused(running):
     assert running.post("/restore", b"rubbish").status_code == 400
     state = {"format": 9, "buffer": EMPTY_BUFFER}
     reply = running.post("/restore", encode({"step": 0, "state": state}))
-    assert (reply.status_code, reply.text) == (400, "rollout state 9; this version reads 2")
+    assert (reply.status_code, reply.text) == (400, "rollout state 9; this version reads 3")
     apart = {name: {"version": 0, "num_started": 0, "next_step": k} for k, name in enumerate("ab")}
     shares = {
         "credits": {"a": 0, "b": 0},
