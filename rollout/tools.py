@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -86,6 +86,18 @@ def tools_prompt(schemas: Sequence[dict[str, Any]]) -> str:
     return _PROMPT.format(schemas="\n".join(lines))
 
 
+def read_call(text: str, names: Collection[str]) -> tuple[str, Any]:
+    """Name and arguments of one call; ValueError is for the policy to read."""
+    try:
+        call = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    name = call.get("name") if isinstance(call, dict) else None
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"a name of {', '.join(names)} is wanted")
+    return name, call.get("arguments", {})
+
+
 class Tools:
     """The tools of a task."""
 
@@ -105,16 +117,10 @@ class Tools:
 
     async def _run(self, text: str) -> str:
         try:
-            call = msgspec.json.decode(text)
-        except (msgspec.DecodeError, UnicodeEncodeError) as error:
-            return f"error: no JSON: {error}"
-        name = call.get("name") if isinstance(call, dict) else None
-        tool = self._tools.get(name) if isinstance(name, str) else None
-        if tool is None:
-            return f"error: a name of {', '.join(self._tools)} is wanted"
-        try:
-            arguments = msgspec.convert(call.get("arguments", {}), tool.arguments)
-        except msgspec.ValidationError as error:
+            name, given = read_call(text, self._tools)
+            tool = self._tools[name]
+            arguments = msgspec.convert(given, tool.arguments)
+        except ValueError as error:  # msgspec's are such
             return f"error: {error}"
         named = {name: getattr(arguments, name) for name in tool.arguments.__struct_fields__}
         try:

@@ -21,6 +21,7 @@ SERVER_FILES = {
     "tests/megatron_bridge/test_checksum.py",
     "tests/rollout/test_endpoint.py",
     "tests/rollout/test_engine.py",
+    "tests/rollout/test_mcp_turns.py",
     "tests/rollout/test_router.py",
     "tests/rollout/test_side_models.py",
     "tests/rollout/test_turns.py",

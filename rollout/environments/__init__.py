@@ -10,6 +10,7 @@ from rollout.environments.frozen_lake import FrozenLakeEnvironment
 from rollout.environments.guess import GuessEnvironment
 from rollout.environments.gymnasium import GymnasiumEnvironment
 from rollout.environments.jsonl import JsonlEnvironment
+from rollout.environments.mcp import McpEnvironment
 from rollout.environments.reasoning_gym import ReasoningGymEnvironment
 from rollout.environments.sort import SortEnvironment
 from rollout.environments.textarena import TextArenaEnvironment
@@ -26,6 +27,7 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "gymnasium": GymnasiumEnvironment,
     "textarena": TextArenaEnvironment,
     "jsonl": JsonlEnvironment,
+    "mcp": McpEnvironment,
 }
 
 

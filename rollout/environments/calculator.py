@@ -43,13 +43,16 @@ class CalculatorEnvironment(Environment):
         """A call of the tool, or the answer."""
         if reply.startswith("[") and reply.endswith("]") and self._calls_left:
             self._calls_left -= 1
-            try:
-                result = str(evaluate(reply[1:-1]))
-            except ValueError:
-                result = "error"
-            message: Message = {"role": "tool", "content": f"={result}|"}
+            message: Message = {"role": "tool", "content": f"={await self.call(reply[1:-1])}|"}
             return EnvironmentStep(messages=[message], done=False)
         return EnvironmentStep(reward=float(reply == f":{self.answer}"))
+
+    async def call(self, expression: str) -> str:
+        """What the calculator says: a number, or `error`."""
+        try:
+            return str(evaluate(expression))
+        except ValueError:
+            return "error"
 
     def identity(self) -> str:
         """The expression."""

@@ -62,7 +62,8 @@ def make_run(root: Path, steps: int, per_step: int, tokens: int, per_prompt: int
         samples_per_prompt=per_prompt,
         max_staleness_steps=steps - 1,
         sampling=SamplingConfig(max_new_tokens=tokens),
-        engine=EngineConfig(urls=["http://127.0.0.1:9"]),
+        # Few at a time: what is made up waits for nothing, and would keep the server busy.
+        engine=EngineConfig(urls=["http://127.0.0.1:9"], max_running_requests=16),
     )
     config = {
         "mode": "train",
@@ -70,7 +71,10 @@ def make_run(root: Path, steps: int, per_step: int, tokens: int, per_prompt: int
         "num_steps": steps,
         "model": {"hf_path": str(root / "model"), "init_from": ""},
         "rollout": OmegaConf.to_container(OmegaConf.structured(rollout)),
-        "data": {"task": "sort", "generate": "made_up_answers.answer"},
+        "data": {
+            "task": "made_up_answers.NothingEnvironment",
+            "generate": "made_up_answers.answer",
+        },
     }
     OmegaConf.save(OmegaConf.create(config), run_dir.config)
     return run_dir

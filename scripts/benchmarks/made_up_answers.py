@@ -1,9 +1,31 @@
-"""Answers without an engine: a data.generate for scripts/benchmarks/buffer.py."""
+"""A task and answers without an engine, for scripts/benchmarks/buffer.py."""
 
 from rollout.agents import AgentTask, PolicyEngine
 from rollout.config import SamplingConfig
+from rollout.environments.base import Environment, EnvironmentStep, Message
 from rollout.tokens import Transcript
 from rollout.types import Sample
+
+
+class NothingEnvironment(Environment):
+    """Asks nothing."""
+
+    hold_out = False
+
+    def __init__(self, *, seed: int) -> None:
+        pass
+
+    async def initial_messages(self) -> list[Message]:
+        """A word."""
+        return [{"role": "user", "content": "1"}]
+
+    async def step(self, reply: str) -> EnvironmentStep:
+        """The end."""
+        return EnvironmentStep()
+
+    def identity(self) -> str:
+        """Always the same."""
+        return ""
 
 
 async def answer(engine: PolicyEngine, task: AgentTask, sampling: SamplingConfig) -> list[Sample]:

@@ -297,7 +297,7 @@ def test_states_that_do_not_fit_are_refused(running):
         "before": {"a": 0, "b": 0},
         "through": {"a": [], "b": []},
     }
-    state = {"format": 2, "buffer": {"domains": apart, "shares": shares}}
+    state = {"format": 3, "buffer": {"domains": apart, "shares": shares}}
     reply = running.post("/restore", encode({"step": 0, "state": state}))
     assert reply.status_code == 400
     assert "domain b is at version 0 before step 1, a at version 0 before step 0" in reply.text

@@ -1,0 +1,88 @@
+"""An MCP server as a process of ours: JSON-RPC messages, one a line, on its stdin and stdout."""
+
+import asyncio
+import contextlib
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import anyio
+from mcp.client.stdio import get_default_environment
+from mcp.shared.message import SessionMessage
+from mcp_types import jsonrpc_message_adapter
+
+from rollout.process import die_with_parent, kill_tree
+
+_MAX_LINE_BYTES = 4 << 20
+_MAX_BAD_LINES = 20
+_LEAVE_S = 1.0
+"""How long a server whose stdin was closed is given to end by itself."""
+
+
+@contextlib.asynccontextmanager
+async def stdio_streams(
+    command: Sequence[str], variables: Mapping[str, str]
+) -> AsyncIterator[tuple[Any, Any]]:
+    """The streams of messages from and to a server that this command starts (an mcp Transport).
+
+    Not the SDK's own: nothing here outlives this process, also where it is killed, and lines are
+    bounded. Its environment is HOME, PATH and their like, and `variables`; what it writes to stderr
+    is in our log. OSError: it cannot be started.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=PIPE,
+        stdout=PIPE,
+        env=get_default_environment() | dict(variables),
+        limit=_MAX_LINE_BYTES,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        received, receive = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+        send, sent = anyio.create_memory_object_stream[SessionMessage](0)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_read, process, received)
+            tasks.start_soon(_write, process, sent, received)
+            yield receive, send
+            tasks.cancel_scope.cancel()
+    finally:
+        await _end(process)
+
+
+async def _read(process: Process, received: Any) -> None:
+    """Ends with the server's stdout, or with what is no use of it: calls then learn of the end."""
+    assert process.stdout is not None
+    bad_lines = 0
+    async with received:
+        with contextlib.suppress(ValueError, OSError, anyio.BrokenResourceError):  # too long a line
+            while (line := await process.stdout.readline()) and bad_lines < _MAX_BAD_LINES:
+                try:
+                    message = SessionMessage(jsonrpc_message_adapter.validate_json(line))
+                except ValueError as error:
+                    message = error
+                    bad_lines += 1
+                await received.send(message)
+
+
+async def _write(process: Process, sent: Any, received: Any) -> None:
+    assert process.stdin is not None
+    try:
+        async with sent:
+            async for each in sent:
+                line = each.message.model_dump_json(by_alias=True, exclude_unset=True)
+                process.stdin.write(line.encode() + b"\n")
+                await process.stdin.drain()
+    except OSError:
+        await received.aclose()
+
+
+async def _end(process: Process) -> None:
+    """It may leave by itself; then it and all that it started are killed."""
+    assert process.stdin is not None
+    with anyio.CancelScope(shield=True):
+        process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _LEAVE_S)
+        kill_tree(process.pid)
+        await process.wait()

@@ -1,0 +1,197 @@
+"""Tools of MCP servers: real ones, as processes of their own, and what may go wrong with them."""
+
+import asyncio
+import json
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uvicorn
+
+from rollout import tool_servers
+from rollout.config import DataConfig
+from rollout.data import PromptStream
+from rollout.tool_servers import ServerSpec, ToolServerError, tool_server
+from tests.rollout.mcp_server import server
+
+HERE = Path(__file__).parent
+COMMAND = [sys.executable, str(HERE / "mcp_server.py")]
+VARIABLES = {"PYTHONPATH": str(HERE.parents[1])}
+ODD = str(HERE / "odd_mcp_server.py")
+
+
+def call(text: str) -> str:
+    return f"<tool_call>{text}</tool_call>"
+
+
+def calculate(expression: Any) -> str:
+    return call(json.dumps({"name": "calculate", "arguments": {"expression": expression}}))
+
+
+def gone(*pids: int) -> bool:
+    return not any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        for pid in pids
+    )
+
+
+def stream(path: Path, **args: Any) -> PromptStream:
+    (path / "q.jsonl").write_text('{"question": "12*34+56?", "answer": 464}\n')
+    (path / "e.jsonl").write_text('{"question": "1*1?", "answer": 1}\n')
+    files = {"path": str(path / "q.jsonl"), "eval_path": str(path / "e.jsonl"), "system": "Count."}
+    server = {"command": COMMAND, "variables": VARIABLES}
+    wanted = {"task": "jsonl", "args": files, **(server if "url" not in args else {}), **args}
+    return PromptStream(DataConfig(task="mcp", args=wanted), 0, "train")
+
+
+def test_a_task_is_played_with_the_tools_of_a_server(tmp_path):
+    """From the schemas to the server's death and its successor, and nothing is left of either."""
+
+    async def play() -> list[int]:
+        prompts = stream(tmp_path, max_calls=9)
+        one, other = prompts.environments(0, 2)
+        system, question = await one.initial_messages()
+        assert system["content"].startswith("Count.\n\nYou may call these functions")
+        assert '"description": "The value of an expression."' in system["content"]
+        assert '"properties": {"expression": {' in system["content"]
+        assert question == {"role": "user", "content": "12*34+56?"}
+        step = await one.step(calculate("12*34+56") + calculate("7+") + calculate(7))
+        assert not step.done
+        assert [each["role"] for each in step.messages] == ["tool"] * 3
+        right, wrong, refused = (each["content"] for each in step.messages)
+        assert right == "464"
+        assert wrong.startswith("error: ")
+        assert "no expression" in wrong
+        assert refused.startswith("error: ")
+        for text, said in (
+            ("[1]", "error: a name of calculate, hang, processes, die is wanted"),
+            ('{"name": "calculate", "arguments": [1]}', "error: arguments are [1]; an object"),
+            ("calculate(1)", "error: no JSON"),
+        ):
+            (message,) = (await one.step(call(text))).messages
+            assert message["content"].startswith(said)
+        assert (await one.step("464")).reward == 1.0
+        (message,) = (await one.step(call('{"name": "processes"}'))).messages
+        pids = [int(pid) for pid in message["content"].split()]
+        # A call without an answer costs itself alone: the server and its other calls go on.
+        hanging = asyncio.create_task(asyncio.wait_for(one.step(call('{"name": "hang"}')), 0.5))
+        assert (await other.step(calculate("1+1"))).messages[0]["content"] == "2"
+        with pytest.raises(TimeoutError):  # as data.timeout_s ends a step
+            await hanging
+        assert (await other.step(calculate("1+2"))).messages[0]["content"] == "3"
+        assert not gone(*pids)
+        with pytest.raises(ToolServerError, match=r"mcp_server\.py: die: Connection closed"):
+            await one.step(call('{"name": "die"}'))
+        (message,) = (await other.step(call('{"name": "processes"}'))).messages
+        assert gone(pids[0])
+        return [pids[0], *(int(pid) for pid in message["content"].split())]
+
+    dead, server, child = asyncio.run(play())
+    assert gone(dead, server, child)
+
+
+def test_a_server_that_is_somewhere_is_asked_over_http_with_its_key():
+    app = server.streamable_http_app()
+    keys = set()
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        keys.update(v for k, v in scope.get("headers", []) if k == b"authorization")
+        await app(scope, receive, send)
+
+    async def ask(url: str) -> None:
+        there = tool_server(ServerSpec(url=url, api_key="sesame"))
+        assert "calculate" in await there.schemas()
+        assert await there.call("calculate", {"expression": "6*7"}) == "42"
+        nobody = tool_server(ServerSpec(url="http://127.0.0.1:9/mcp", start_timeout_s=10.0))
+        with pytest.raises(ToolServerError, match=r"^http://127\.0\.0\.1:9/mcp: .*onnect"):
+            await nobody.schemas()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        http = uvicorn.Server(uvicorn.Config(guarded, log_level="error"))
+        http.install_signal_handlers = lambda: None  # pyright: ignore
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        asyncio.run(ask(f"http://127.0.0.1:{listener.getsockname()[1]}/mcp"))
+        http.should_exit = True
+        thread.join(20)
+    assert keys == {b"Bearer sesame"}
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("malformed", "tool odd: no JSON schema: 'whole' is not valid"),
+        ("no schema", "ValidationError: .*inputSchema.type Input should be 'object'"),
+        ("twice", "tool odd: is listed twice"),
+        ("no list", "ValidationError: .* validation error"),
+        ("large", "its tools take 7.* bytes to describe; 65536 fit"),
+        ("endless", "tool odd: is listed twice"),
+        ("rubbish", "does not list its tools within 2 s"),
+        ("silent", "does not list its tools within 2 s"),
+        ("ends", "Connection closed"),
+    ],
+)
+def test_servers_of_no_use_are_told_by_name(how, said):
+    command = (sys.executable, ODD, how) if how != "ends" else ("true",)
+
+    async def ask() -> None:
+        bound = 2.0 if "within 2 s" in said else 20.0
+        server = tool_server(ServerSpec(command=command, start_timeout_s=bound))
+        with pytest.raises(ToolServerError, match=f"^{' '.join(command)}: .*{said}"):
+            await server.schemas()
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    asyncio.run(ask())
+    after = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert after <= before
+
+
+def test_a_server_that_answers_nothing_any_more_is_replaced(monkeypatch):
+    monkeypatch.setattr(tool_servers, "_PROBE_S", 0.3)
+
+    async def ask() -> None:
+        server = tool_server(ServerSpec(command=(sys.executable, ODD, "mute"), call_timeout_s=0.5))
+        assert list(await server.schemas()) == ["odd"]
+        (first,) = psutil.Process().children()
+        given_up = asyncio.create_task(server.call("odd", {}))
+        with pytest.raises(ToolServerError, match=r"odd: no answer within 0\.5 s"):
+            await given_up
+        await asyncio.to_thread(first.wait, 10)
+        assert list(await server.schemas()) == ["odd"]
+        assert len(psutil.Process().children()) == 1
+
+    asyncio.run(ask())
+
+
+def test_an_answer_that_is_none_by_the_protocol_fails_the_sample_alone():
+    async def ask() -> None:
+        server = tool_server(ServerSpec(command=(sys.executable, ODD, "no content")))
+        for _ in range(2):
+            with pytest.raises(ToolServerError, match=r"odd: ValidationError: .*content"):
+                await server.call("odd", {"a": 1})
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"command": []}, "one of command and url is wanted"),
+        ({"url": "http://127.0.0.1:9/mcp", "command": ["true"]}, "one of command and url"),
+        ({"url": "file:///etc/passwd", "command": []}, "must begin with http:// or https://"),
+        ({"command": ["no-such-program"]}, "there is no program no-such-program"),
+        ({"command": ["true", 7]}, "a list of words is wanted"),
+        ({"task": ""}, "names no task"),
+        ({"task": "sport"}, "data.args.task=sport"),
+        ({"max_calls": 0}, "max_calls=0"),
+        ({"call_timeout_s": 0}, "call_timeout_s=0"),
+        ({"args": {}}, "data.args.path: names no file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, args, said):
+    with pytest.raises(ValueError, match=said):
+        stream(tmp_path, **args).environments(0, 1)
