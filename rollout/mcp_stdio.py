@@ -11,7 +11,7 @@ from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
 from mcp_types import jsonrpc_message_adapter
 
-from rollout.process import die_with_parent, kill_tree
+from rollout.process import descendants, die_with_parent, kill_tree
 
 _MAX_LINE_BYTES = 4 << 20
 _MAX_BAD_LINES = 20
@@ -80,9 +80,10 @@ async def _write(process: Process, sent: Any, received: Any) -> None:
 async def _end(process: Process) -> None:
     """It may leave by itself; then it and all that it started are killed."""
     assert process.stdin is not None
+    started = descendants(process.pid)  # they cannot be found when it has ended
     with anyio.CancelScope(shield=True):
         process.stdin.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), _LEAVE_S)
-        kill_tree(process.pid)
+        kill_tree(process.pid, started)
         await process.wait()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import psutil
 
@@ -61,12 +62,12 @@ def end_process_group(process: subprocess.Popen, timeout_s: float) -> None:
     `process` must lead its own group (start_new_session=True). Descendants that left the group
     for sessions of their own are found by their parentage and end as well.
     """
-    tree = _descendants(process.pid)
+    tree = descendants(process.pid)
     _signal_group(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and (process.poll() is None or _alive(tree)):
         time.sleep(0.05)
-    tree += [p for p in _descendants(process.pid) if p not in tree]
+    tree += [p for p in descendants(process.pid) if p not in tree]
     _signal_group(process.pid, signal.SIGKILL)
     for child in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -75,13 +76,13 @@ def end_process_group(process: subprocess.Popen, timeout_s: float) -> None:
     psutil.wait_procs(tree, timeout=10)
 
 
-def kill_tree(pid: int) -> None:
+def kill_tree(pid: int, known: Sequence[psutil.Process] = ()) -> None:
     """SIGKILL, at once, to a process that leads its own group and to all that came of it.
 
     Its own session (start_new_session=True) is found even after it has ended; descendants that
-    left for sessions of their own only while it lives.
+    left for sessions of their own only while it lives, or where they are `known` from before.
     """
-    tree = _descendants(pid)
+    tree = [*known, *descendants(pid)]
     _signal_group(pid, signal.SIGKILL)
     for child in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -93,7 +94,8 @@ def _signal_group(pgid: int, signum: signal.Signals) -> None:
         os.killpg(pgid, signum)
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def descendants(pid: int) -> list[psutil.Process]:
+    """All that a process started and that lives, and what those started."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
