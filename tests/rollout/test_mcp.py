@@ -5,6 +5,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,16 @@ def calculate(expression: Any) -> str:
     return call(json.dumps({"name": "calculate", "arguments": {"expression": expression}}))
 
 
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def gone(*pids: int) -> bool:
-    return not any(
-        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        for pid in pids
-    )
+    """Now, or in a moment: one that was killed takes one to end."""
+    deadline = time.monotonic() + 5
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
 
 
 def stream(path: Path, **args: Any) -> PromptStream:
@@ -83,7 +89,7 @@ def test_a_task_is_played_with_the_tools_of_a_server(tmp_path):
         with pytest.raises(TimeoutError):  # as data.timeout_s ends a step
             await hanging
         assert (await other.step(calculate("1+2"))).messages[0]["content"] == "3"
-        assert not gone(*pids)
+        assert all(map(alive, pids))
         with pytest.raises(ToolServerError, match=r"mcp_server\.py: die: Connection closed"):
             await one.step(call('{"name": "die"}'))
         (message,) = (await other.step(call('{"name": "processes"}'))).messages
