@@ -14,6 +14,7 @@ from rollout.config import AgentConfig
 from rollout.conversations import Conversations
 from rollout.data import PromptStream
 from rollout.environments import Environment
+from rollout.eval_overlap import check_overlap
 from rollout.eval_sets import EvalSettings
 from rollout.filters import GroupFilters
 from rollout.rewards import NEED_ANSWER, kinds_of, make_eval_reward, make_reward
@@ -22,13 +23,24 @@ from rollout.rewards.sandbox import SandboxError, run_sandboxed
 
 def task_errors(config: RunConfig) -> Iterator[str]:
     """One line for each that is wrong, of every domain and every set of evaluation prompts."""
+    errors = [*_domain_errors(config)]
+    for each in named_sets(config):
+        errors += [relabel(each, error) for error in _set_errors(as_run(config, each), each)]
+    yield from errors
+    if errors or config.mode == "eval" or config.data.path:
+        return
+    try:
+        check_overlap(config.data, config.rollout, config.eval.sets, config.seed)
+    except ValueError as error:
+        yield str(error)
+
+
+def _domain_errors(config: RunConfig) -> Iterator[str]:
     domains = named_domains(config)
     for domain in domains:
         yield from (relabel(domain, each) for each in _task_errors(as_run(config, domain)))
     if not domains:
         yield from _task_errors(config)
-    for each in named_sets(config):
-        yield from (relabel(each, error) for error in _set_errors(as_run(config, each), each))
 
 
 def _set_errors(config: RunConfig, of: EvalSettings) -> Iterator[str]:

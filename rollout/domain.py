@@ -9,6 +9,7 @@ from rollout.buffer_state import Lease
 from rollout.client import EngineClient
 from rollout.config import DataConfig, RolloutRun, SamplingConfig
 from rollout.data import PromptStream
+from rollout.eval_overlap import check_overlap
 from rollout.eval_sets import EvalSettings, read_sets
 from rollout.evaluate import EvalSet
 from rollout.filters import GroupFilters
@@ -89,6 +90,8 @@ class TaskPrompts:
                 stream.environments(0, 1)
                 make_reward(settings.data)
                 make_eval_reward(settings.data)
+        if run.mode != "eval":  # which trains nothing
+            check_overlap(run.data, run.rollout, run.eval.sets, run.seed)
         return found
 
 

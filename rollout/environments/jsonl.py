@@ -111,6 +111,7 @@ class JsonlEnvironment(Environment):
         return [self._row.solution]
 
 
+@lru_cache(maxsize=8)
 def _rows(path: str, eval_path: str, question_key: str, answer_key: str) -> list[_Row]:
     # A file of evaluations alone: of eval.sets.
     rows = [] if eval_path and not path else _read("path", path, question_key, answer_key)
