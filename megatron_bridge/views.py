@@ -81,10 +81,12 @@ def window(view: View, dim: int, start: int, stop: int) -> View:
         if first < last:
             skipped = first - box.local_start[dim]
             boxes.append(
-                box._replace(
+                Box(
+                    box.name,
                     start=_with(box.start, dim, box.start[dim] + skipped),
                     size=_with(box.size, dim, last - first),
                     local_start=_with(box.local_start, dim, first - start),
+                    lead=box.lead,
                 )
             )
     return View(_with(view.shape, dim, stop - start), tuple(boxes))
@@ -101,7 +103,7 @@ def concat(dim: int, views: Iterable[View]) -> View:
         shape = view.shape
         for box in view.boxes:
             moved = _with(box.local_start, dim, box.local_start[dim] + offset)
-            boxes.append(box._replace(local_start=moved))
+            boxes.append(Box(box.name, box.start, box.size, moved, box.lead))
         offset += view.shape[dim]
     return View(_with(shape, dim, offset), tuple(boxes))
 
@@ -144,7 +146,7 @@ def pad(view: View, dim: int, size: int) -> View:
 def stack(views: Sequence[View]) -> View:
     """The views along a new first dimension."""
     boxes = tuple(
-        box._replace(lead=(i, *box.lead)) for i, view in enumerate(views) for box in view.boxes
+        Box(*box[:4], lead=(i, *box.lead)) for i, view in enumerate(views) for box in view.boxes
     )
     return View((len(views), *views[0].shape), boxes)
 

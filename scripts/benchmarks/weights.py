@@ -205,7 +205,7 @@ def print_mbridge(hf_dir: Path, root: Path, size: int, rows: dict[str, Timed]) -
         theirs = in_process(mbridge, hf_dir, root, size)
     except RuntimeError:
         lines = (root / ERRORS).read_text().splitlines()
-        where = [line.strip() for line in lines if line.startswith("  File ")][-1]
+        where = [line.strip() for line in lines if "/mbridge/" in line][-1]
         print(f"| mbridge {version} | fails: {lines[-1]} ({where}) | | | | | |")
         return
     named = {name.replace("mbridge", f"mbridge {version}"): row for name, row in theirs.items()}
