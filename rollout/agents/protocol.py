@@ -195,6 +195,8 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         name, arguments = function["name"], function["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         msgspec.json.encode(arguments)  # half of a surrogate pair is no text
+        if not isinstance(name, str):
+            raise TypeError(f"name is {name!r:.40}")
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         reason = f"{where}.tool_calls: function.name and function.arguments, a JSON text: {error}"
         raise Refused(400, reason, param="messages") from None

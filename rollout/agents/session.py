@@ -9,6 +9,7 @@ exactly one of them.
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,8 +149,8 @@ class Session:
                     best = max(best, segment, key=_num_messages) if best else segment
         if best is None:
             return None, []
-        added = request.messages[len(best.messages) :]
-        return best, self._engine.chat.continuation(added, ended=best.ended)
+        added, ended = request.messages[len(best.messages) :], best.ended
+        return best, _rendered(lambda: self._engine.chat.continuation(added, ended=ended))
 
     def _prompt(self, request: ChatRequest) -> list[int]:
         chat, messages, tools = self._engine.chat, request.messages, request.tools or None
@@ -162,11 +163,7 @@ class Session:
             tools = None
         if not chat.knows("tool_calls"):
             messages = [_calls_as_text(message) for message in messages]
-        try:
-            tokens = chat.prompt(messages, tools)
-        except Exception as error:  # a Jinja template that refuses: it may raise anything
-            reason = f"the model's chat template refuses the messages: {error}"
-            raise Refused(400, reason, param="messages") from None
+        tokens = _rendered(lambda: chat.prompt(messages, tools))
         if not tokens:
             raise Refused(400, "the messages have no tokens", param="messages")
         return tokens
@@ -192,6 +189,14 @@ class Session:
             )
             for k, segment in enumerate(found)
         ]
+
+
+def _rendered(render: Callable[[], list[int]]) -> list[int]:
+    try:
+        return render()
+    except Exception as error:  # a Jinja template that refuses: it may raise anything
+        reason = f"the model's chat template refuses the messages: {error}"
+        raise Refused(400, reason, param="messages") from None
 
 
 def _num_messages(segment: _Segment) -> int:

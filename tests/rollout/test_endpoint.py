@@ -1,6 +1,7 @@
 """Black-box agents at the OpenAI-compatible endpoint, with OpenAI's own client."""
 
 import asyncio
+import copy
 import dataclasses
 import string
 import sys
@@ -36,6 +37,11 @@ from tests.rollout.fakes import EchoEnvironment, ScriptedClient
 TOKEN = "the-run"
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+NAMELESS = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": 7, "arguments": "{}"}}]},
+    {"role": "tool", "content": "5"},
+]
 SCRIPT = str(Path(__file__).with_name("agent_client.py"))
 
 
@@ -173,6 +179,25 @@ def test_tools_and_streams(wide_chat):
     converse(wide_chat, work, lambda text: CALL, max_new_tokens=300)
 
 
+def test_a_template_that_refuses_a_later_message_is_the_requests_fault(chat):
+    """And the conversation goes on where the request is right."""
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+        "{{ raise_exception('system comes first') }}{% endif %}{% endfor %}"
+    ) + tokenizer.chat_template
+    strict = Chat(tokenizer)
+
+    async def work(talk: Talk) -> None:
+        first = assistant(await talk.say("q1"))
+        with pytest.raises(openai.BadRequestError, match=r"template refuses .*system comes first"):
+            await talk.say("q1", first, {"role": "system", "content": "q2"})
+        await talk.say("q1", first, "q3")
+        assert talk.samples(strict) == ["<bos>q1q1<eos>q3q3<eos>"]
+
+    converse(strict, work)
+
+
 @pytest.mark.parametrize(
     ("named", "said"),
     [
@@ -188,6 +213,7 @@ def test_tools_and_streams(wide_chat):
         ({"messages": [{"role": "user", "content": 7}]}, "content: a text is wanted"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the assistant's own"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"messages": NAMELESS}, "messages.1..tool_calls: .*name is 7"),
     ],
 )
 def test_what_training_does_not_permit_is_refused_by_name(chat, named, said):
