@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "experiment",
-    ["calculator", "calculator_lora", "calculator_ppo", "spell_backward", "frozen_lake"],
+    ["calculator", "calculator_lora", "calculator_ppo", "spell_backward", "frozen_lake", "guess"],
 )
 def test_an_experiment_reaches_its_targets(experiment: str, tmp_path: Path) -> None:
     run_dir = tmp_path / experiment
