@@ -1,10 +1,12 @@
 """Reading a Hugging Face directory: config.json, safetensors headers, and slices of the tensors.
 
 Opening parses headers only and refuses files that are cut off or do not fit their index; tensor
-bytes are mapped and read box by box, so that each rank touches only what it holds.
+bytes are read box by box, so that each rank touches only what it holds: whole rows straight into
+the tensor that they are for, other boxes through a mapping.
 """
 
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -33,6 +35,8 @@ class TensorInfo:
     dtype: str
     """safetensors' name: F32, BF16, ..."""
     shape: Index
+    start: int
+    """First byte, from the beginning of the file."""
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -63,6 +67,7 @@ class HfCheckpoint:
         self.tensors = self._read_headers()
         self._files = ExitStack()
         self._open: dict[str, Any] = {}
+        self._descriptors: dict[str, int] = {}
 
     def __enter__(self) -> "HfCheckpoint":
         return self
@@ -74,6 +79,7 @@ class HfCheckpoint:
         """Unmap the files."""
         self._files.close()
         self._open.clear()
+        self._descriptors.clear()
 
     @property
     def shapes(self) -> dict[str, Index]:
@@ -89,6 +95,28 @@ class HfCheckpoint:
         """The content of a box, in the file's type; only its bytes are read."""
         file = self._file(self.tensors[box.name].file)
         return file.get_slice(box.name)[box.source] if box.source else file.get_tensor(box.name)
+
+    def read_into(self, box: Box, out: torch.Tensor) -> None:
+        """Put the content of a box into `out`, which has its size, cast to its type."""
+        info = self.tensors[box.name]
+        whole_rows = bool(box.size) and box.size[1:] == info.shape[1:]
+        alike = out.device.type == "cpu" and out.dtype is DTYPES[info.dtype]
+        if not (whole_rows and alike and out.is_contiguous()):
+            out.copy_(self.read(box))
+            return
+        self._file(info.file)  # which checks the header
+        if info.file not in self._descriptors:
+            descriptor = os.open(self.path / info.file, os.O_RDONLY)
+            self._files.callback(os.close, descriptor)
+            self._descriptors[info.file] = descriptor
+        memory = out.reshape(-1).view(torch.uint8).numpy().data
+        row_bytes = prod(info.shape[1:]) * out.element_size()
+        at, read = info.start + box.start[0] * row_bytes, 0
+        while read < len(memory):  # Linux reads 2 GB at a time
+            count = os.preadv(self._descriptors[info.file], [memory[read:]], at + read)
+            if not count:
+                raise ValueError(f"{self.path / info.file} ends before tensor {box.name} does")
+            read += count
 
     def _file(self, name: str) -> Any:
         """The mapped file, opened when it is first needed."""
@@ -149,8 +177,10 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         if name == "__metadata__":
             continue
         try:
-            info = TensorInfo(path.name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
-            end = max(end, int(entry["data_offsets"][1]))
+            start, stop = map(int, entry["data_offsets"])
+            shape = tuple(map(int, entry["shape"]))
+            info = TensorInfo(path.name, str(entry["dtype"]), shape, 8 + length + start)
+            end = max(end, stop)
         except (KeyError, TypeError, ValueError, IndexError):
             raise ValueError(f"{path}: the header's entry of {name} is malformed") from None
         tensors[name] = info

@@ -17,7 +17,7 @@ from megatron_bridge.mapping import Views, check, rank_views
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import EMBEDDING, OUTPUT, ModelDescription, Spec
 from megatron_bridge.models.score_head import SCORE, has_score_head, score_config
-from megatron_bridge.views import copy_in
+from megatron_bridge.views import fill
 
 TE_MARKS = (
     "self_attention.linear_qkv.layer_norm_weight",
@@ -156,7 +156,7 @@ def load_hf(
         if model.shape.tied and OUTPUT in checkpoint.tensors:
             check_tied(checkpoint, views)
         for key, parameter in parameters(chunks).items():
-            copy_in(views[key], checkpoint.read, parameter)
+            fill(views[key], checkpoint.read_into, parameter)
 
 
 def load_hf_body(
@@ -184,7 +184,7 @@ def load_hf_body(
             if any(box.name == SCORE for box in views[key].boxes):
                 parameter.zero_()
             else:
-                copy_in(views[key], checkpoint.read, parameter)
+                fill(views[key], checkpoint.read_into, parameter)
 
 
 def _refuse(differences: list[str], checkpoint: HfCheckpoint) -> None:

@@ -153,10 +153,15 @@ def stack(views: Sequence[View]) -> View:
 
 def copy_in(view: View, read: Callable[[Box], torch.Tensor], out: torch.Tensor) -> None:
     """Fill the local tensor `out`; `read` gives the content of a box. Padding becomes zero."""
+    fill(view, lambda box, part: part.copy_(read(box)), out)
+
+
+def fill(view: View, place: Callable[[Box, torch.Tensor], object], out: torch.Tensor) -> None:
+    """The same where `place` puts the content of a box into its part of `out`."""
     if view.covered != out.numel():
         out.zero_()
     for box in view.boxes:
-        out[box.local].copy_(read(box))
+        place(box, out[box.local])
 
 
 def copy_out(view: View, local: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
