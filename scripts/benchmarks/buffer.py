@@ -19,6 +19,10 @@ sample of --tokens tokens) where engines would be asked. Puts are groups from le
 take is /batch, which journals the step to disk, and /samples, with the client's checks, at the
 size that is held.
 
+Seen on two busy cores: a put .80 us of CPU at 10^3, 1.76 at 10^5; a take 1.61 and 1.87 a group; a
+plain dictionary .41 and .75. p99 of a take of 16 groups .1 ms; where it was 4 to 12 ms, the machine
+had given the core to another process (62 of the 63 slowest of 6,250 calls; garbage: none of them).
+
 Exit status 1 when a put or a take of 10^5 groups costs more than three times the CPU of 10^3 (one
 linear in them: a hundred times; a plain dictionary takes two to three), or when groups are lost,
 doubled or out of order.
