@@ -7,7 +7,11 @@ import torch
 from framework.algorithm.inputs import LossInputs, LossOutput
 
 REST_MIN = 1e-6
-"""Least probability of all other tokens: what rounding leaves of a sum of fp32 probabilities."""
+"""Least probability of the teacher's other tokens: what rounding leaves of 1 less the sum of fp32
+probabilities. Where the teacher has no more than that, it is the policy's least too: both nothing.
+"""
+POLICY_REST_MIN = 1e-30
+"""Least probability of the policy's other tokens elsewhere: summed from them, it is exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +39,9 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     top, beta = inputs.teacher, config.teacher_share
     assert top is not None
     rest = 1 - top.teacher_logprobs.double().exp().sum(0)
-    teacher = _with_rest(top.teacher_logprobs, rest.float())
-    policy = _with_rest(top.policy_logprobs, top.policy_rest)
+    least = torch.where(rest > REST_MIN, POLICY_REST_MIN, REST_MIN).to(top.policy_rest.dtype)
+    teacher = _with_rest(top.teacher_logprobs, rest.float().clamp(min=REST_MIN))
+    policy = _with_rest(top.policy_logprobs, torch.maximum(top.policy_rest, least))
     if beta == 0:
         value = _kl(teacher, policy)
     elif beta == 1:
@@ -56,7 +61,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
 
 def _with_rest(logprobs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """[k + 1, T]: a distribution, all other tokens last."""
-    return torch.cat([logprobs, rest.clamp(min=REST_MIN).log()[None]])
+    return torch.cat([logprobs, rest.log()[None]])
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

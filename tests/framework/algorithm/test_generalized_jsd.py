@@ -84,6 +84,33 @@ def test_all_tokens_are_the_whole_divergence_and_few_are_at_most_it(k: int, shar
 
 
 @pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("gap", [20.0, 35.0, 50.0])
+def test_a_policy_that_leaves_others_next_to_nothing_is_told_how_little(gap: float, share: float):
+    """The teacher gives others .4 where the policy gives them 1e-8 to 1e-21: forward KL 6.753 at a
+    gap of 20 and 18.75 at one of 50. Exact: the same in float64, with the logits of the others.
+    """
+    logits = torch.zeros(1, 8)
+    logits[0, :2] = torch.tensor([gap, gap - 1])
+    logits.requires_grad_()
+    ids = torch.tensor([[0], [1]])
+    found = vocab_parallel_logprobs(logits, ids[0], 8, SingleGroup(), ids)
+    teacher = torch.tensor([[0.5], [0.1]]).log()
+    value = loss_of(teacher, found[2:-1], found[-1], share).loss
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    full = logits.detach().double().requires_grad_()
+    policy = full.log_softmax(-1)[0]
+    grouped = torch.cat([policy[:2], policy[2:].logsumexp(0)[None]])[:, None]
+    exact = whole(torch.tensor([[0.5], [0.1], [0.4]]).double().log(), grouped, share)
+    (expected,) = torch.autograd.grad(exact.sum(), full)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-6)
+    if (gap, share) == (20.0, 0.0):
+        assert value.item() == pytest.approx(6.753, abs=1e-3)
+        hand = [0.231, 0.169] + [-0.4 / 6] * 6  # softmax - teacher
+        assert gradient[0].tolist() == pytest.approx(hand, abs=1e-3)
+
+
+@pytest.mark.parametrize("share", SHARES)
 def test_a_teacher_that_is_the_policy_asks_for_nothing(share: float):
     logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(0))
     logits.requires_grad_()
