@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from framework.advantage_tables import TOKENS, advantage_table
 from framework.config import RunConfig
+from framework.mixture_checks import named_domains
 from framework.model_shape import read_model_shape
 from framework.source_facts import row_flags
 
@@ -33,17 +34,30 @@ def teacher_errors(config: RunConfig) -> Iterator[str]:
             f"rollout.sampling.temperature={temperature}: a teacher's log-probs are those at 1, so "
             f"algorithm.advantage={advantage} needs 1.0"
         )
-    for name in REWARD_FILTERS:
-        if name in config.rollout.filters:
-            yield (
-                f"rollout.filters={name}: chooses groups by rewards, which teach nothing with "
-                f"algorithm.advantage={advantage}; leave it out"
-            )
+    for key, filters in _filters(config):
+        for name in REWARD_FILTERS:
+            if name in filters:
+                yield (
+                    f"{key}={name}: chooses groups by rewards, which teach nothing with "
+                    f"algorithm.advantage={advantage}; leave it out"
+                )
     if config.rollout.keep_share < 1:
         yield (
             f"rollout.keep_share={config.rollout.keep_share}: chooses groups by rewards, which "
             f"teach nothing with algorithm.advantage={advantage}; 1"
         )
+
+
+def _filters(config: RunConfig) -> Iterator[tuple[str, list[str]]]:
+    """The filters of groups that are at work, by their key."""
+    try:
+        domains = named_domains(config)
+    except ValueError:
+        return  # told by the checks of the mixture
+    if not domains:
+        yield "rollout.filters", config.rollout.filters
+    for domain in domains:
+        yield f"data.mixture.{domain.name}.filters", domain.filters
 
 
 def teacher_top_errors(config: RunConfig) -> Iterator[str]:

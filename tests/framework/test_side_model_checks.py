@@ -194,6 +194,24 @@ def test_a_teacher_is_there_where_it_is_needed(
     assert all(named in error for error in errors)
 
 
+def test_filters_of_a_mixtures_domains_choose_by_rewards_too(tiny_model_dir: Path) -> None:
+    """A domain's own, and those of the run where it has none."""
+    config = config_with({"wise": {"model_path": str(tiny_model_dir)}})
+    config.algorithm.advantage, config.algorithm.loss = "reverse_kl", "policy_gradient"
+    config.algorithm.advantage_args, config.algorithm.loss_args = {}, {}
+    config.rollout.teacher = "wise"
+    config.data.mixture = {"a": {"filters": ["failed", "dynamic_sampling"]}, "b": {}}
+    said = "filters=dynamic_sampling: chooses groups by rewards, which teach nothing with"
+    (error,) = check_config(config)
+    assert error.startswith(f"data.mixture.a.{said} algorithm.advantage=reverse_kl")
+    config.rollout.filters = ["dynamic_sampling"]
+    config.data.mixture["a"] = {"filters": ["failed"]}
+    (error,) = check_config(config)
+    assert error.startswith(f"data.mixture.b.{said}")
+    config.data.mixture["b"] = {"filters": []}
+    assert check_config(config) == []
+
+
 ROWS = "rollout.side_models={judge: {model_path: judge, tp: 2}, far: {url: 'http://h:1'}}"
 
 
