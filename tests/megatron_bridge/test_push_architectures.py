@@ -37,11 +37,9 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [  # model, tp of the engine, oth
     ("glm4_moe_air", 1, {}),
     ("deepseek_v3", 1, {}),
     ("deepseek_v3", 2, {}),
-    ("deepseek_v3_rope", 1, {}),
     ("llama3", 1, {}),
     ("mistral", 1, {}),
     ("qwen2_untied", 1, USUAL_HEADS),
-    ("qwen2_moe", 1, USUAL_HEADS),
     ("qwen3_untied", 1, {}),
     ("qwen3_moe", 1, {}),
     ("qwen3_moe", 2, {}),
@@ -150,12 +148,16 @@ def test_pushed_weights_are_served_as_transformers_computes_them(name, tp, sizes
             before = largest_difference(engine, model(TOKENS).logits)
 
 
-@pytest.mark.parametrize(("name", "tp"), [("glm4_moe", 1), ("deepseek_v3", 2)])
-def test_an_engine_in_bfloat16_holds_what_stays_in_float32(name, tp, tmp_path):
+HELD = [("glm4_moe", 1, {}), ("deepseek_v3", 2, {}), ("qwen2_moe", 1, USUAL_HEADS)]
+"""The last one generates nothing on a CPU: the gate of its shared expert is a Triton kernel."""
+
+
+@pytest.mark.parametrize(("name", "tp", "sizes"), HELD)
+def test_an_engine_in_bfloat16_holds_what_stays_in_float32(name, tp, sizes, tmp_path):
     """Each push compares every checksum: biases of routers, and GLM's routers, are in float32."""
-    create_model(name, tmp_path / "hf")
+    create_model(name, tmp_path / "hf", **sizes)
     with start_engine(tmp_path, tp, "bfloat16") as engine:
-        sizes = dict(pushes(engine, tmp_path))
-    print(f"{name}, tp={tp}: {sizes}")
-    assert sizes.keys() == TRANSPORTS.keys()
-    assert all(sizes.values())
+        size_bytes = dict(pushes(engine, tmp_path))
+    print(f"{name}, tp={tp}: {size_bytes}")
+    assert size_bytes.keys() == TRANSPORTS.keys()
+    assert all(size_bytes.values())
