@@ -257,10 +257,10 @@ class Generator:
                 state = str(environment.state())
                 _check_messages(step.messages)
                 observation = self.chat.continuation(step.messages, ended=generation.end_token)
-            transcript.add_observation(observation)
-            budget = self.sampling.max_new_tokens - transcript.response_length
-            if budget < 1:
+            budget = self.sampling.max_new_tokens - transcript.response_length - len(observation)
+            if budget < 1:  # no answer would fit: what nobody answers to is not kept either
                 return task, Status.TRUNCATED
+            transcript.add_observation(observation)
             (generation,) = await self.client.generate(
                 [transcript.tokens],
                 replace(self.sampling, max_new_tokens=budget),

@@ -5,6 +5,7 @@ import pytest
 
 from rollout.client import EngineFailure, Generation
 from rollout.config import SamplingConfig
+from rollout.environments.base import EnvironmentStep
 from rollout.generate import Episode, Generator
 from rollout.greedy import run_with_baseline
 from rollout.rewards import REWARDS, Reward, Task
@@ -76,6 +77,32 @@ def test_the_token_budget_covers_all_turns(chat):
     assert sample.status is Status.TRUNCATED
     assert sample.response_length == 7
     assert sample.reward == 1.0  # the second reply was cut off: not scored
+
+
+class WordyEnvironment(EchoEnvironment):
+    """Its second message is as long as told."""
+
+    length = 0
+
+    async def step(self, reply: str) -> EnvironmentStep:
+        step = await super().step(reply)
+        for message in step.messages:
+            message["content"] = "7" * self.length
+        return step
+
+
+@pytest.mark.parametrize(
+    ("length", "kept"), [(12, [1, 1, 1, *[0] * 12, 1]), (13, [1] * 3), (20_000, [1] * 3)]
+)
+def test_what_leaves_no_room_for_an_answer_ends_the_episode_before_it(chat, length, kept):
+    """Of 16 tokens: a batch is made for no more, and a journaled one that does not fit stays."""
+    environment = WordyEnvironment(seed=0)
+    environment.length = length
+    (sample,), client = run(chat, [environment])
+    assert sample.status is Status.TRUNCATED
+    assert sample.loss_mask.tolist() == kept
+    assert sample.reward == 1.0, "what the first turn earned"
+    assert len(client.calls) == (2 if length == 12 else 1)
 
 
 @pytest.mark.parametrize(
