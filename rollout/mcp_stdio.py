@@ -15,6 +15,7 @@ from rollout.process import descendants, die_with_parent, kill_tree
 
 _MAX_LINE_BYTES = 4 << 20
 _MAX_BAD_LINES = 20
+"""One after the other."""
 _LEAVE_S = 1.0
 """How long a server whose stdin was closed is given to end by itself."""
 
@@ -59,6 +60,7 @@ async def _read(process: Process, received: Any) -> None:
             while (line := await process.stdout.readline()) and bad_lines < _MAX_BAD_LINES:
                 try:
                     message = SessionMessage(jsonrpc_message_adapter.validate_json(line))
+                    bad_lines = 0
                 except ValueError as error:
                     message = error
                     bad_lines += 1

@@ -168,12 +168,23 @@ class ToolServer:
             ToolServerError: no answer: the server is gone, or took longer than call_timeout_s.
         """
         from mcp import MCPError
-        from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT
+        from mcp_types import (
+            CONNECTION_CLOSED,
+            REQUEST_TIMEOUT,
+            CallToolRequest,
+            CallToolRequestParams,
+            CallToolResult,
+        )
 
+        # Not client.call_tool: that validates what we do not use by a schema of the server's, whose
+        # patterns can compute for ever, on our event loop.
+        request = CallToolRequest(params=CallToolRequestParams(name=name, arguments=arguments))
         connection = await self._open()
         bound, answered = self._spec.call_timeout_s, False
         try:
-            result = await connection.client.call_tool(name, arguments, read_timeout_seconds=bound)
+            result = await connection.client.session.send_request(
+                request, CallToolResult, request_read_timeout_seconds=bound
+            )
             answered = True
         except MCPError as error:
             answered = error.code not in (CONNECTION_CLOSED, REQUEST_TIMEOUT)

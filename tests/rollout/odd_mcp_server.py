@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 HOW = sys.argv[1]
 SCHEMAS = {
@@ -9,7 +10,14 @@ SCHEMAS = {
     "no schema": {"type": 5},
 }
 TOOL = {"name": "odd", "inputSchema": SCHEMAS.get(HOW, {"type": "object"})}
-TOOLS = {"twice": [TOOL, TOOL], "no list": "odd", "large": [TOOL | {"description": "a" * 70_000}]}
+PATTERN = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
+TOOLS = {
+    "slow pattern": [TOOL | {"outputSchema": PATTERN}],
+    "twice": [TOOL, TOOL],
+    "no list": "odd",
+    "large": [TOOL | {"description": "a" * 70_000}],
+}
+RIGHT = ("slow pattern", "chatty")
 asked = 0
 
 for line in sys.stdin:
@@ -18,7 +26,7 @@ for line in sys.stdin:
         print("Traceback (most recent call last):", flush=True)
     if "id" not in request or HOW in ("rubbish", "silent"):
         continue
-    reply = {"error": {"code": -32601, "message": "no such method"}}
+    reply: dict[str, Any] = {"error": {"code": -32601, "message": "no such method"}}
     if request["method"] == "initialize":
         about = {"protocolVersion": request["params"]["protocolVersion"], "capabilities": {}}
         reply = {"result": about | {"serverInfo": {"name": "odd", "version": "1"}}}
@@ -33,4 +41,10 @@ for line in sys.stdin:
         if HOW == "mute":
             continue
         reply = {"result": {"content": 7}}
+        if HOW in RIGHT:
+            reply = {"result": {"content": [{"type": "text", "text": "right"}]}}
+        if HOW == "slow pattern":
+            reply["result"]["structuredContent"] = {"a": "a" * 22 + "b"}
+        if HOW == "chatty":
+            print("Seven\n" * 7, end="", flush=True)
     print(json.dumps({"jsonrpc": "2.0", "id": request["id"], **reply}), flush=True)

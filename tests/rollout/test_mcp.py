@@ -183,6 +183,18 @@ def test_an_answer_that_is_none_by_the_protocol_fails_the_sample_alone():
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("how", ["slow pattern", "chatty"])
+def test_what_a_server_says_beside_its_answers_does_no_harm(how):
+    """A schema of its own whose pattern computes for ever; now and then a line of no protocol."""
+
+    async def ask() -> None:
+        server = tool_server(ServerSpec(command=(sys.executable, ODD, how)))
+        for _ in range(4):
+            assert await server.call("odd", {}) == "right"
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
