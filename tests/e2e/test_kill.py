@@ -144,41 +144,48 @@ def test_four_kills_lose_nothing(first_run, tmp_path):
     audit(run.run_dir, calm, 6)
 
 
-def survive(tmp_path: Path, num_kills: int, seed: int) -> None:
+def survive(run: Run, num_kills: int, num_steps: int, seed: int) -> None:
     """Kills at random times, whoever is alive then; also while others are still coming back."""
-    num_steps, rng = 10 * num_kills, random.Random(seed)
-    calm = tmp_path / "calm"
-    steps = f"num_steps={num_steps}"
-    drivetrain(
-        *COMMON, *SURVIVES[2:5], "warm_start.num_steps=80", steps, f"run_dir={calm}", timeout_s=900
-    )
-    start_from = f"model.init_from={calm / 'warm_start' / 'hf'}"
-    run = start(tmp_path / "killed", steps, start_from, "cluster.max_restarts=1000")
-    kills: list[str] = []
+    rng, kills, step = random.Random(seed), [], 0
+    most = num_steps // num_kills - 1  # steps between two kills, so that there are enough for all
     try:
         while len(kills) < num_kills:
-            step = run.step()
             # Time for a few steps between two kills, now and then less than a role needs to start.
             until = time.monotonic() + rng.expovariate(1 / 15)
-            while time.monotonic() < until or (run.step() <= step and rng.random() < 0.99):
+            while run.step() < step + most and (
+                time.monotonic() < until or (run.step() <= step and rng.random() < 0.99)
+            ):
                 time.sleep(0.1)
-                if run.launcher.poll() is not None or run.step() >= num_steps - 1:
+                if run.launcher.poll() is not None:
                     break
             if run.launcher.poll() is not None or run.step() >= num_steps - 1:
                 break
             if what := run.kill(rng.choice(ROLES), rng):
-                kills.append(f"at step {run.step()}: {what}")
+                step = run.step()
+                kills.append(f"at step {step}: {what}")
     except BaseException:
         run.launcher.terminate()
         raise
+    finally:
+        print("\n".join(kills))
     wait_end(run, 900)
-    print("\n".join(kills))
     assert len(kills) == num_kills, f"the run was over after {len(kills)} kills"
-    audit(run.run_dir, calm, num_steps)
+
+
+def num_kills() -> int:
+    """20; more with DRIVETRAIN_KILLS=100."""
+    return int(os.environ.get("DRIVETRAIN_KILLS", "20"))
 
 
 @pytest.mark.nightly  # 200 steps with 20 restarts, among them of engines: minutes
 @pytest.mark.timeout(3600)
 def test_twenty_kills_lose_nothing(tmp_path):
-    """More with DRIVETRAIN_KILLS=100."""
-    survive(tmp_path, int(os.environ.get("DRIVETRAIN_KILLS", "20")), seed=7)
+    kills, calm = num_kills(), tmp_path / "calm"
+    steps = f"num_steps={10 * kills}"
+    drivetrain(
+        *COMMON, *SURVIVES[2:5], "warm_start.num_steps=80", steps, f"run_dir={calm}", timeout_s=900
+    )
+    start_from = f"model.init_from={calm / 'warm_start' / 'hf'}"
+    run = start(tmp_path / "killed", steps, start_from, "cluster.max_restarts=1000")
+    survive(run, kills, 10 * kills, seed=7)
+    audit(run.run_dir, calm, 10 * kills)
