@@ -178,7 +178,8 @@ class DataConfig:
     training reward falls, by overlong_penalty where none is left. 0: none."""
     overlong_penalty: float = 1.0
     timeout_s: float = 60.0
-    """Bound of one environment step and of one reward; past it the sample counts as failed."""
+    """Bound of one environment step and of one reward; past it the sample counts as failed. Waiting
+    for a free process (data.reward=math, code) does not count."""
     eval_num_prompts: int = 500
     """Held-out prompts of one evaluation, drawn from a stream that training never sees."""
     eval_temperature: float = 1.0

@@ -23,6 +23,7 @@ from rollout.agents.engine import (
     check_version,
     replies_of,
 )
+from rollout.bounds import Bound
 from rollout.client import EngineClient, Generation
 from rollout.config import SamplingConfig
 from rollout.environments import Environment
@@ -209,7 +210,9 @@ class Generator:
             played = self.play(engine, task, self.sampling)
             found = await self._guard(played, "generate", self.episode_timeout_s)
             with _boundary("generate"):
-                samples = check_samples(found, task, self.sampling.max_new_tokens)
+                samples = check_samples(
+                    found, task, self.sampling.max_new_tokens, routes=self.routes
+                )
             for sample in samples:
                 sample.metadata = description | sample.metadata
                 await self._score(
@@ -272,7 +275,7 @@ class Generator:
         """Await foreign code within its bound; whatever it raises becomes an _EpisodeError."""
         limit = self.timeout_s if timeout_s is None else timeout_s
         async with self.places or contextlib.nullcontext():  # waiting for a place is not its time
-            bound = asyncio.timeout(limit)
+            bound = Bound(limit)
             try:
                 with _boundary(what):
                     async with bound:

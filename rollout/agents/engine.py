@@ -147,8 +147,13 @@ def replies_of(chat: Chat, sample: Sample) -> list[str]:
     return replies
 
 
-def check_samples(samples: object, task: AgentTask, max_new_tokens: int) -> list[Sample]:
-    """What a program returned, if it can be trained on; ValueError says why it cannot."""
+def check_samples(
+    samples: object, task: AgentTask, max_new_tokens: int, *, routes: bool = False
+) -> list[Sample]:
+    """What a program returned, if it can be trained on; ValueError says why it cannot.
+
+    routes: what is trained must carry them.
+    """
     if not isinstance(samples, list) or not samples:
         raise ValueError(f"returned {type(samples).__name__}; a list of at least one Sample")
     for sample in samples:
@@ -160,5 +165,10 @@ def check_samples(samples: object, task: AgentTask, max_new_tokens: int) -> list
             raise ValueError(
                 f"a response has {sample.response_length} tokens; "
                 f"rollout.sampling.max_new_tokens={max_new_tokens} allows 1 to so many"
+            )
+        if routes and sample.routes is None and sample.loss_mask.any():
+            raise ValueError(
+                "a sample has no routes, which rollout.engine.return_routes=true wants: give "
+                "add_reply(..., routes=generation.routes) of every turn"
             )
     return samples

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 
+from rollout.bounds import turn
 from rollout.rewards.base import Reward, Task
 from rollout.rewards.sandbox import SandboxLimits, run_sandboxed
 from rollout.types import Sample, Status
@@ -39,7 +40,7 @@ async def code(sample: Sample, task: Task) -> Reward:
     if sample.status is Status.STOPPED and task.replies:
         passed = secrets.token_hex(16)
         given = {"code": code_of(task.replies[-1]), "tests": task.answer(), "passed": passed}
-        async with _slots:
+        async with turn(_slots):
             result = await run_sandboxed(_RUN, json.dumps(given).encode(), SandboxLimits())
         value = float(result.exit_code == 0 and result.output.endswith(passed.encode()))
     return Reward(value=value, components={"code": value})

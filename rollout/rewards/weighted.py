@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rollout.bounds import Bound
 from rollout.rewards.base import Reward, RewardFunction, Task
 from rollout.rewards.endpoint import ServiceBusyError
 from rollout.types import Sample
@@ -113,7 +114,7 @@ async def _ask(
         if attempt:
             await asyncio.sleep(_BACKOFF_S * 2 ** (attempt - 1))
         try:
-            async with asyncio.timeout(term.timeout_s):
+            async with Bound(term.timeout_s):
                 value = float((await reward(sample, task)).value)
         except TimeoutError:
             reason = f"no answer within {term.timeout_s:g} s"

@@ -14,6 +14,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 from typing import Any
 
+from rollout.bounds import off_the_clock, turn
 from rollout.process import die_with_parent
 
 _MAX_REPLY_BYTES = 1 << 16
@@ -29,7 +30,7 @@ class Workers:
     def __init__(
         self, command: Sequence[str], *, timeout_s: float, start_timeout_s: float = 60.0
     ) -> None:
-        """timeout_s: of one request, its wait for a free worker aside."""
+        """timeout_s: of one request; neither it nor a Bound counts the wait for a free worker."""
         self._command = list(command)
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
@@ -47,8 +48,9 @@ class Workers:
         loop = asyncio.get_running_loop()
         if (pool := self._pools.get(loop)) is None:
             self._pools[loop] = pool = _Pool()
-        async with pool.places:
-            worker = pool.idle.pop() if pool.idle else await self._start()
+        async with turn(pool.places):
+            with off_the_clock():
+                worker = pool.take() or await self._start()
             answered = False
             try:
                 reply = await _within(self._timeout_s, _talk(worker, request))
@@ -87,6 +89,13 @@ class _Pool:
         self.places = asyncio.Semaphore(max(1, len(os.sched_getaffinity(0))))
         self.idle: list[Process] = []
         self._keeper = asyncio.create_task(self._keep())
+
+    def take(self) -> Process | None:
+        """An idle worker that lives, if there is one."""
+        while self.idle:
+            if (worker := self.idle.pop()).returncode is None:
+                return worker
+        return None
 
     async def _keep(self) -> None:
         """Ends the idle ones with the loop, which cancels what runs on it; busy ones end with

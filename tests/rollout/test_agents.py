@@ -170,3 +170,17 @@ def test_what_is_no_generate_function_is_refused(name, said):
     with pytest.raises(ValueError, match=said):
         find_generate(name)
     assert find_generate("tests.rollout.test_agents.deaf").__name__ == "deaf"
+
+
+async def with_routes(engine: PolicyEngine, task: AgentTask, sampling: SamplingConfig):
+    transcript = Transcript([1])
+    transcript.add_reply([5], [-1.0], [0], routes=np.zeros((1, 4), dtype=np.uint8))
+    return [task.sample(transcript)]
+
+
+def test_a_program_that_forgets_the_routes_is_told_before_a_trainer_misses_them(chat):
+    (kept,) = run(chat, with_routes, count=1, routes=True)
+    assert kept.status is Status.STOPPED
+    (sample,) = run(chat, with_sub_agents, count=1, routes=True)
+    assert sample.status is Status.FAILED
+    assert "return_routes=true wants: give add_reply(..., routes=" in sample.metadata["error"]

@@ -3,12 +3,14 @@ import asyncio
 import numpy as np
 import pytest
 
+from rollout.bounds import turn
 from rollout.client import EngineFailure, Generation
 from rollout.config import SamplingConfig
 from rollout.environments.base import EnvironmentStep
 from rollout.generate import Episode, Generator
 from rollout.greedy import run_with_baseline
 from rollout.rewards import REWARDS, Reward, Task
+from rollout.rewards.weighted import RewardTerm, weighted
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
 from rollout.wire import decode, encode
@@ -164,6 +166,23 @@ def test_a_failing_reward_is_a_status_not_a_stall(chat, reward, reason):
     assert sample.status is Status.FAILED
     assert reason in sample.metadata["error"]
     assert not sample.loss_mask.any()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_reward_that_waits_for_its_turn_is_not_late(chat, alone):
+    """Eight that take 0.15 s each, one at a time, bounded by half a second."""
+    places = asyncio.Semaphore(1)
+
+    async def queueing(sample: Sample, task: Task) -> Reward:
+        async with turn(places):
+            await asyncio.sleep(0.15)
+        return Reward(value=1.0)
+
+    term = RewardTerm(kind="mine", timeout_s=0.5)
+    reward = queueing if alone else weighted({"mine": (term, queueing)})
+    environments = [EchoEnvironment(seed=0) for _ in range(8)]
+    samples, _ = run(chat, environments, reward=reward, timeout_s=0.5)
+    assert [sample.reward for sample in samples] == [1.0] * 8
 
 
 class NumberEnvironment(EchoEnvironment):

@@ -1,6 +1,7 @@
 """Computation in processes that are killed when they take too long; math-verify in them."""
 
 import asyncio
+import os
 import sys
 import time
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from rollout.bounds import Bound
 from rollout.rewards import REWARDS, Task
 from rollout.rewards.workers import WorkerError, Workers
 from rollout.types import Status
@@ -22,6 +24,8 @@ for line in sys.stdin:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM})
         while True:
             time.sleep(1)
+    if given["do"] == "rest":
+        time.sleep(0.2)
     if given["do"] == "die":
         os._exit(7)
     if given["do"] == "garble":
@@ -72,6 +76,28 @@ def test_what_hangs_is_killed_and_replaced_and_others_go_on():
     left = [psutil.Process(pid) for pid in children() - before]
     _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive, "they end with their event loop"
+
+
+def test_a_wait_for_a_free_worker_is_nobodys_time_and_a_dead_one_costs_nobody(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    workers = Workers([sys.executable, "-c", CHILD], timeout_s=60.0)
+
+    async def ask(do: str, limit_s: float) -> int:
+        async with Bound(limit_s):
+            return await workers.ask({"do": do})
+
+    async def run() -> None:
+        pids = await asyncio.gather(*(ask("rest", 1.0) for _ in range(8)))
+        assert len(set(pids)) == 1, "one after the other, in 1.6 s"
+        with pytest.raises(TimeoutError):
+            await ask("hang", 0.3)
+        first = await ask("tell", 60.0)
+        psutil.Process(first).kill()
+        await asyncio.to_thread(psutil.Process(first).wait, 10)
+        await asyncio.sleep(0.05)  # the event loop has seen it end, too
+        assert await ask("tell", 60.0) != first
+
+    asyncio.run(run())
 
 
 def test_a_process_that_never_is_ready_is_told():
