@@ -7,6 +7,7 @@ flushed line by line, so that a run that dies has told all it knew.
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,21 @@ class MetricsLogger:
         """Close every tracker."""
         for tracker in self._trackers:
             tracker.close()
+
+
+def step_means(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of a step's updates, in order, as the step's: their means over those that have
+    them, train/tokens the sum."""
+    found: dict[str, list[float]] = {}
+    for figures in updates:
+        for name, value in figures.items():
+            found.setdefault(name, []).append(value)
+    metrics = {name: sum(values) / len(values) for name, values in found.items()}
+    metrics["train/tokens"] = sum(found["train/tokens"])  # each token is in one update
+    # Later updates see a policy that has moved on: only the first compares like with like.
+    for key in (key for key in metrics if "rollout_ratio" in key or "rollout_logprob" in key):
+        metrics[key] = updates[0][key]
+    return metrics
 
 
 def set_figures(result: EvalResult) -> dict[str, float]:

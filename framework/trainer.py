@@ -23,7 +23,7 @@ from framework.megatron.reference import ReferencePolicy
 from framework.megatron.routing_replay import RoutingReplay
 from framework.megatron.selection import select_tokens
 from framework.megatron.step import StepRunner
-from framework.metrics import MetricsLogger, set_figures
+from framework.metrics import MetricsLogger, set_figures, step_means
 from framework.objective import build_objective, effective_sample_fraction
 from framework.overlong import recount, shorten_batch, shorten_sample
 from framework.profiling import Phases, StepProfiler
@@ -218,12 +218,7 @@ class Trainer:
             if self.critic is not None:
                 with self.phases.measure("critic_update"):
                     figures[i] |= self.critic.update(microbatches, step * len(updates) + i)
-        metrics = {name: sum(each[name] for each in figures) / len(figures) for name in figures[0]}
-        metrics["train/tokens"] *= len(figures)  # each token is in one update
-        # Later updates see a policy that has moved on: only the first compares like with like.
-        for key in (key for key in metrics if "rollout_ratio" in key or "rollout_logprob" in key):
-            metrics[key] = figures[0][key]
-        return {**metrics, "train/lr": lr}
+        return {**step_means(figures), "train/lr": lr}
 
     def fit(self, batch: StepBatch) -> tuple[StepBatch, dict[int, int]]:
         """batch.overlong: the batch with no sample over the budget, and what each one lost."""

@@ -84,6 +84,7 @@ class RoutingReplay:
             RuntimeError: a router did not ask for its routes.
         """
         self.routing = routing
+        self._counts.zero_()
         for layer in self._layers:
             layer.begin()
         try:
@@ -111,9 +112,11 @@ class RoutingReplay:
         self._counts += torch.stack([(differ & known).sum(), known.sum()])
 
     def take_figures(self) -> dict[str, float]:
-        """Since the last call; the same on every rank. Collective."""
+        """Of the passes last gone `during`; the same on every rank, empty if no token had routes.
+
+        Collective.
+        """
         counts = self._counts.clone().cpu()
-        self._counts.zero_()
         dist.all_reduce(counts)
         differ, known = counts.tolist()
         return {"train/other_experts_fraction": differ / known} if known else {}

@@ -18,6 +18,7 @@ from framework.megatron.parallel import Mesh, start_mesh, stop_mesh
 from framework.megatron.routes import OWN, RouteLayout
 from framework.megatron.routing_replay import RoutingReplay
 from framework.megatron.step import StepRunner
+from framework.metrics import step_means
 from framework.tiny_model import create_tiny_model
 from megatron_bridge.layout import Layout
 from megatron_bridge.load import load_hf
@@ -132,6 +133,30 @@ def test_own_routes_replayed_give_the_same_bits_and_others_do_not(moe_dir, tmp_p
         gate = "decoder.layers.0.mlp.router.weight"
         assert (changed[gate] != 0).any()  # gates are the trainer's own
         assert not torch.equal(changed[gate], plain[gate])
+        stop_mesh()
+
+    in_a_rank(work, moe_dir, tmp_path)
+
+
+def test_a_step_counts_the_tokens_of_its_updates_that_had_routes(moe_dir, tmp_path):
+    def work(moe_dir: Path) -> None:
+        rank = OneRank(moe_dir, "old_policy")
+        own = [rank.pack(routed_sample(0))]
+        rank.runner.logprobs(own)  # leaves the router's own choice in them
+        rank.routing.replay = "rollout"
+        planted = [rank.pack(routed_sample(1))]
+        failed = make_sample(2, loss_mask=np.zeros(2, dtype=np.uint8))
+        for batches in (own, planted):
+            rank.runner.logprobs(batches)
+        updates = [rank.gradients(*each)[0] for each in (own, [rank.pack(failed)], planted)]
+        own_figure, none, other = (each.get("train/other_experts_fraction") for each in updates)
+        assert (own_figure, none) == (0.0, None)  # the passes before it do not count
+        assert other is not None
+        assert other > 0.9
+        for order in (updates, updates[1:] + updates[:1]):  # the first of a step may know none
+            figures = step_means(order)
+            assert figures["train/other_experts_fraction"] == other / 2
+            assert figures["train/tokens"] == 18
         stop_mesh()
 
     in_a_rank(work, moe_dir, tmp_path)
