@@ -23,6 +23,7 @@ from sweep import Outcome, Run, options, sweep_as_told  # noqa: E402
 
 BASE = "experiment=learn_grpo"
 EVAL_TIMEOUT_S = 600.0
+FAILED = "failed: "
 SHORT = ("num_steps=60", "optimizer.lr=4e-4")
 
 
@@ -40,7 +41,7 @@ class Effect:
     `margin` of what it is without."""
     final: bool = False
     """Accuracy is that of the trainer's own weights (hf/, by mode=eval), not of what engines serve
-    of them."""
+    of them; there is none from before the training."""
     also: tuple[str, ...] = ()
     """Further figures to print of both arms, means over all steps."""
 
@@ -95,9 +96,9 @@ def main() -> int:
             _, _, arm = outcome.run.name.rpartition("_")
             pair = arms.setdefault(outcome.run.seed, {})
             pair[arm] = outcome
-            failed |= bool(outcome.problem)
             if len(pair) == 2:
                 rows.append(row_of(name, **pair))
+                failed |= rows[-1]["verdict"].startswith(FAILED)
                 print(line_of(rows[-1]), flush=True)
                 if arguments.json:
                     arguments.json.write_text(json.dumps(rows, indent=1))
@@ -128,13 +129,18 @@ def row_of(name: str, without: Outcome, having: Outcome) -> dict:
     effect = EFFECTS[name]
     row: dict = {"effect": name, "seed": without.run.seed}
     if problem := without.problem or having.problem:
-        return row | {"verdict": f"failed: {problem}"}
+        return row | {"verdict": FAILED + problem}
     if effect.figure:
         first, second = (mean_of(each, effect.figure) for each in (without, having))
         shows = first - second >= effect.margin * first
+    elif effect.final:  # what was served before it is of other weights: no figure to set beside
+        try:
+            first, second = (own_accuracy(each) for each in (without, having))
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            return row | {"verdict": f"{FAILED}evaluation: {error}"}
+        shows = second - first >= effect.margin
     else:
-        measure = own_accuracy if effect.final else served_accuracy
-        first, second = measure(without), measure(having)
+        first, second = (each.accuracies[-1] for each in (without, having))
         shows = second - first >= effect.margin
         row["before"] = having.accuracies[0]
     return row | {
@@ -146,13 +152,13 @@ def row_of(name: str, without: Outcome, having: Outcome) -> dict:
     }
 
 
-def served_accuracy(outcome: Outcome) -> float:
-    """Of what the engines served at the end."""
-    return outcome.accuracies[-1]
-
-
 def own_accuracy(outcome: Outcome) -> float:
-    """Of the final weights as the trainer has them."""
+    """Of the final weights as the trainer has them.
+
+    Raises:
+        CalledProcessError: the evaluation failed.
+        TimeoutExpired: it took longer than EVAL_TIMEOUT_S.
+    """
     directory = outcome.run_dir.with_name(f"{outcome.run_dir.name}_eval")
     command = [
         str(Path(sys.executable).with_name("drivetrain")),
