@@ -1,7 +1,8 @@
 """Runs the table of logits: tiny models, processes, and what each row is off by.
 
 transformers and megatron-core are imported once, in the process that calls `measure`; the ranks are
-forked from it. All rows of one world size run in one group of processes, one after the other.
+forked from it. Rows of one world size share a group of processes, a few at a time: gloo keeps the
+threads of every process group until its process ends.
 """
 
 import importlib
@@ -25,6 +26,7 @@ from megatron_worker import plant_wrong_rule, run_case
 from megatron_bridge import conversion, models
 
 CASE_TIMEOUT_S = 60.0
+CASES_A_GROUP = 8
 
 
 def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
@@ -39,9 +41,11 @@ def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
         torch.save(create_model(model, root / model), root / f"{model}.logits")
         conversion.to_megatron(root / model, root / f"{model}.megatron", 1 << 30)
     for world in sorted({case.world_size for case in cases}):
-        group = [case for case in cases if case.world_size == world]
-        run_group(root, world, group)
-        yield from (_row(root, case) for case in group)
+        alike = [case for case in cases if case.world_size == world]
+        for start in range(0, len(alike), CASES_A_GROUP):
+            group = alike[start : start + CASES_A_GROUP]
+            run_group(root, world, group)
+            yield from (_row(root, case) for case in group)
 
 
 def _row(root: Path, case: Case) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def _path(root: Path, case: Case, rank: int) -> Path:
 def run_group(root: Path, world: int, cases: Sequence[Case]) -> None:
     """Run cases of one world size in one group of forked ranks; RuntimeError when a rank fails."""
     context = multiprocessing.get_context("fork")
+    (root / f"world{world}.store").unlink(missing_ok=True)  # of the group before
     ranks = [
         context.Process(target=_rank, args=(root, rank, world, cases)) for rank in range(world)
     ]
