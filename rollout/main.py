@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import uvicorn
 
+from rollout.bodies import listen
 from rollout.client import EngineClient, EngineFailure
 from rollout.config import EngineConfig, RolloutRun, load_rollout_run
 from rollout.domain import TaskPrompts, open_tasks
@@ -133,7 +134,7 @@ async def serve(parts: Parts, stop: asyncio.Event) -> None:
         )
     )
     server.install_signal_handlers = lambda: None  # pyright: ignore  # ours are in run()
-    listener = socket.create_server((config.host, config.port), backlog=1024)
+    listener = listen(config.host, config.port)
     with listener:
         host = socket.gethostname() if config.host == "0.0.0.0" else config.host  # noqa: S104
         serving = asyncio.create_task(server.serve(sockets=[listener]))

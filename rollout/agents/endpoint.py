@@ -31,7 +31,7 @@ from rollout.agents.answers import chunks, error_body, response
 from rollout.agents.engine import AgentTask, PolicyEngine
 from rollout.agents.protocol import parse_request
 from rollout.agents.session import CONTEXT_SPENT, Session
-from rollout.bodies import Refused, carries, read_body
+from rollout.bodies import Refused, carries, listen, read_body
 from rollout.client import EngineFailure, EngineRefusal
 from rollout.config import SamplingConfig
 
@@ -62,7 +62,7 @@ class AgentEndpoint:
         self._url = ""
 
     async def __aenter__(self) -> "AgentEndpoint":
-        self._listener = socket.create_server((self._host, self._port), backlog=1024)
+        self._listener = listen(self._host, self._port)
         host = socket.gethostname() if self._host == "0.0.0.0" else self._host  # noqa: S104
         self._url = f"http://{host}:{self._listener.getsockname()[1]}"
         config = uvicorn.Config(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from rollout.bodies import listen
 from rollout.buffer_state import BufferState
 from rollout.client import EngineFailure
 from rollout.data import PromptStream
@@ -317,3 +318,10 @@ EMPTY_BUFFER = {
     "domains": {"": {"version": -1, "num_started": 0, "next_step": 0}},
     "shares": {"credits": {"": 0}, "before": {"": 0}, "through": {"": []}},
 }
+
+
+def test_what_is_answered_is_sent_at_once():
+    """Without TCP_NODELAY every answer of two writes takes 40 ms."""
+    with listen("127.0.0.1", 0) as listener:
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
