@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import shutil
+import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -18,6 +21,10 @@ _MAX_BAD_LINES = 20
 """One after the other."""
 _LEAVE_S = 1.0
 """How long a server whose stdin was closed is given to end by itself."""
+_KILL_S = 6.0
+"""How long the reaper is given to kill what came of it."""
+# Its own imports alone, whatever `variables` say (-I).
+_REAPER = (sys.executable, "-I", str(Path(__file__).with_name("mcp_reaper.py")))
 
 
 @contextlib.asynccontextmanager
@@ -26,15 +33,19 @@ async def stdio_streams(
 ) -> AsyncIterator[tuple[Any, Any]]:
     """The streams of messages from and to a server that this command starts (an mcp Transport).
 
-    Not the SDK's own: nothing here outlives this process, also where it is killed, and lines are
-    bounded. Its environment is HOME, PATH and their like, and `variables`; what it writes to stderr
-    is in our log. OSError: it cannot be started.
+    Not the SDK's own: nothing that came of it outlives this process, also where that is killed, and
+    lines are bounded. Its environment is HOME, PATH and their like, and `variables`; what it writes
+    to stderr is in our log. OSError: it cannot be started.
     """
+    environment = get_default_environment() | dict(variables)
+    if shutil.which(command[0], path=environment.get("PATH")) is None:
+        raise FileNotFoundError(f"there is no program {command[0]}")
     process = await asyncio.create_subprocess_exec(
+        *_REAPER,
         *command,
         stdin=PIPE,
         stdout=PIPE,
-        env=get_default_environment() | dict(variables),
+        env=environment,
         limit=_MAX_LINE_BYTES,
         start_new_session=True,
         preexec_fn=die_with_parent,
@@ -80,12 +91,15 @@ async def _write(process: Process, sent: Any, received: Any) -> None:
 
 
 async def _end(process: Process) -> None:
-    """It may leave by itself; then it and all that it started are killed."""
+    """It may leave by itself; then it and all that it started are killed, by its reaper."""
     assert process.stdin is not None
-    started = descendants(process.pid)  # they cannot be found when it has ended
+    started = descendants(process.pid)  # they cannot be found when the reaper has been killed
     with anyio.CancelScope(shield=True):
         process.stdin.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), _LEAVE_S)
+        with contextlib.suppress(TimeoutError, ProcessLookupError):
+            process.terminate()
+            await asyncio.wait_for(process.wait(), _KILL_S)
         kill_tree(process.pid, started)
         await process.wait()

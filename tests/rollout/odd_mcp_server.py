@@ -1,6 +1,8 @@
 """MCP servers that are wrong in one way each, by their first argument."""
 
 import json
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -17,7 +19,16 @@ TOOLS = {
     "no list": "odd",
     "large": [TOOL | {"description": "a" * 70_000}],
 }
-RIGHT = ("slow pattern", "chatty")
+RIGHT = ("slow pattern", "chatty", "leaves a daemon")
+DAEMON = """
+import os, time
+if not os.fork():
+    os.setsid()
+    if not os.fork():
+        print(os.getpid(), flush=True)
+        os.close(1)
+        time.sleep(600)
+"""
 asked = 0
 
 for line in sys.stdin:
@@ -43,6 +54,10 @@ for line in sys.stdin:
         reply = {"result": {"content": 7}}
         if HOW in RIGHT:
             reply = {"result": {"content": [{"type": "text", "text": "right"}]}}
+        if HOW == "leaves a daemon":
+            started = subprocess.Popen([sys.executable, "-c", DAEMON], stdout=subprocess.PIPE)
+            told = [os.getpid(), int(started.stdout.readline())]  # pyright: ignore
+            reply["result"]["content"][0]["text"] = json.dumps(told)
         if HOW == "slow pattern":
             reply["result"]["structuredContent"] = {"a": "a" * 22 + "b"}
         if HOW == "chatty":

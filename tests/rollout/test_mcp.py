@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -181,6 +182,32 @@ def test_an_answer_that_is_none_by_the_protocol_fails_the_sample_alone():
                 await server.call("odd", {"a": 1})
 
     asyncio.run(ask())
+
+
+US = """
+import asyncio, sys
+from rollout.tool_servers import ServerSpec, tool_server
+async def run():
+    server = tool_server(ServerSpec(command=tuple(sys.argv[1:])))
+    print(await server.call("odd", {}), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+asyncio.run(run())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="daemons are found by means of Linux")
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_daemon_of_a_server_ends_with_us_however_we_end(killed):
+    command = [sys.executable, "-c", US, sys.executable, ODD, "leaves a daemon"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as us:
+        assert us.stdout is not None
+        pids = json.loads(us.stdout.readline())
+        assert all(map(alive, pids))
+        if killed:
+            us.kill()
+        us.communicate(timeout=30)
+    assert us.returncode == (-9 if killed else 0)
+    assert gone(*pids)
 
 
 @pytest.mark.parametrize("how", ["slow pattern", "chatty"])
