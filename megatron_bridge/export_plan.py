@@ -232,6 +232,7 @@ class ExportPlan:
             if name == neighbours.get(name, (name,))[-1]:
                 yield run
                 run = []
+        assert not run, f"{run[-1].name} is not the last of those that travel with it"
 
     def _section_boxes(self, section: Section) -> Iterator[tuple[int, str, Box]]:
         """Rank in its stage, local name and box, every box once, at the first rank with it."""

@@ -36,6 +36,37 @@ def test_what_is_rounded_stays_as_it_is():
     assert not round_mxfp4(torch.zeros(2, 33)).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_least_and_the_largest_are_rounded_like_all_others(dtype):
+    """Scales are e8m0, 2^-127 or more; a block of zeros has one too."""
+    least = 2.0 ** (-149 if dtype is torch.float32 else -133)
+    huge = torch.finfo(dtype).max
+    rows = torch.tensor(
+        [
+            [least, 0.0, -least],
+            [2.0**-128, 2.0**-129, -1.5 * 2.0**-127],
+            [6 * 2.0**-127, 2.0**-128, -(2.0**-129)],
+            [0.0, 0.0, 0.0],
+            [huge, -huge / 2, 0.0],
+        ],
+        dtype=dtype,
+    )
+    assert round_mxfp4(rows).tolist() == [
+        [0, 0, 0],
+        [2.0**-128, 0, -1.5 * 2.0**-127],
+        [6 * 2.0**-127, 2.0**-128, 0],
+        [0, 0, 0],
+        [6 * 2.0**125, -4 * 2.0**125, 0],
+    ]
+    assert round_int2(rows).tolist() == [
+        [least, 0, -least],
+        [0, 0, -1.5 * 2.0**-127],
+        [6 * 2.0**-127, 0, 0],
+        [0, 0, 0],
+        [huge, 0, 0],
+    ]
+
+
 def test_two_bits_hold_a_sign_or_nothing_of_the_largest_of_a_row():
     weight = torch.tensor([[4.0, -2.1, 1.9, -4.0], [0.0, 0.0, 0.0, 0.0], [0.1, 0.3, -0.4, 0.05]])
     assert round_int2(weight).tolist() == [

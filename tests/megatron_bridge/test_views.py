@@ -1,5 +1,8 @@
 """Properties of the algebra and of the tables, on plain tensors, under random layouts."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +10,14 @@ from hypothesis import strategies as st
 
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.layout import Coords, Layout
-from megatron_bridge.mapping import check, engine_views, hf_shapes, layer_name, rank_views
+from megatron_bridge.mapping import (
+    check,
+    engine_views,
+    hf_shapes,
+    layer_name,
+    rank_views,
+    template_shapes,
+)
 from megatron_bridge.models import ARCHITECTURES, describe
 from megatron_bridge.models.architecture import Spec
 from megatron_bridge.views import copy_in, tiling_errors
@@ -165,6 +175,25 @@ def round_trip(case):
     for name, tensor in weights.items():
         assert torch.equal(exported[name], tensor)
         assert filled[name] == tensor.numel()  # no byte travels twice
+
+
+@FAST
+@given(cases())
+def test_no_tensor_is_left_behind_with_a_neighbour_that_never_comes(case):
+    config, layout, spec, multiple = case
+    plan = ExportPlan(
+        hf_config=config,
+        layout=layout,
+        spec=spec,
+        dtype=torch.float32,
+        vocab_pad_multiple=multiple,
+        bucket_bytes=2000,
+    )
+    last = list(template_shapes(plan.model, plan.model.shape.layer_sections(0)))[-1]
+    wrong = replace(plan.model.architecture, together=((last, "absent"),))
+    vars(plan)["model"] = replace(plan.model, architecture=wrong)
+    with pytest.raises(AssertionError, match=re.escape(last)):
+        _ = plan.buckets
 
 
 @FAST
