@@ -11,6 +11,7 @@ weight_sync.full_every_pushes.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class DeltaPush(DirectoryTransport):
     def prepare(
         self, version: int, buckets: Iterable[Bucket], verifier: ExpectedChecksums | None
     ) -> None:
-        """Compare with what the engines hold, encode the changes, write them."""
+        """Compare with what the engines hold, encode the changes, write them; once a version."""
         context = self.context
         chain = self._chain = self._chain or DeltaChain(
             context.plan.hf_config,
@@ -47,6 +48,11 @@ class DeltaPush(DirectoryTransport):
             context.engine_dtype,
             context.engine_device,
         )
+        if self._is_prepared(version):
+            if verifier is not None:
+                for bucket in buckets:
+                    verifier.add(bucket)
+            return
         due = 0 < context.full_every_pushes <= self._since_full + 1
         self._written = chain.advance(
             version,
@@ -56,6 +62,18 @@ class DeltaPush(DirectoryTransport):
             take=verifier.add if verifier is not None else lambda _: None,
         )
         self._since_full = 0 if self._written.follows is None else self._since_full + 1
+
+    def _is_prepared(self, version: int) -> bool:
+        """By an earlier push that failed or went to others; what that was answered is gone."""
+        chain, written = self._chain, self._written
+        if chain is None or written is None or not chain.version == written.version == version:
+            return False
+        if not written.directory.is_dir():
+            return False
+        for answer in written.directory.glob("answer_*.json"):
+            answer.unlink()
+        shutil.rmtree(written.directory.with_name("all"), ignore_errors=True)
+        return True
 
     def send(
         self,

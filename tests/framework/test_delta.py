@@ -117,13 +117,17 @@ class Run:
             )
         )
 
-    def send(self, version: int, engines: Any = None) -> int:
-        weights, self.engines.told = self.weights, []
+    def prepare(self, version: int) -> None:
+        weights = self.weights
         shapes = [tuple(tensor.shape) for tensor in weights.values()]
         dtypes, tensors = [torch.bfloat16] * len(weights), list(weights.values())
         bucket = Bucket(list(weights), dtypes, shapes, torch.empty(0), tensors)
-        to: Any = engines or self.engines
         self.push.prepare(version, [bucket], None)
+
+    def send(self, version: int, engines: Any = None) -> int:
+        self.engines.told = []
+        to: Any = engines or self.engines
+        self.prepare(version)
         return self.push.send(version, (), to, None)
 
     def step(self, seed: int) -> None:
@@ -243,6 +247,26 @@ def test_one_that_was_started_again_is_given_all_content(run, capsys):
     assert run.all_right()
 
 
+def test_what_was_prepared_for_a_push_that_failed_is_sent_by_the_next_try(run):
+    run.step(2)
+    run.prepare(2)  # the engines could not be paused
+    run.send(2)
+    assert run.engines.told == [(A, "change"), (B, "change")]
+    assert run.all_right()
+
+
+def test_an_answer_to_one_try_is_none_to_the_next(run):
+    run.step(2)
+    for deaf in (B, A):
+        run.engines.deaf = {deaf}
+        with pytest.raises(WeightSyncError, match=rf"all weights: {deaf}: rank 0: no answer"):
+            run.send(2)
+    run.engines.deaf = set()
+    run.send(2)
+    assert run.engines.told == [(A, "change"), (B, "change")]
+    assert run.all_right()
+
+
 def test_a_newcomer_is_given_the_current_version_and_the_others_follow_it(run):
     """`WeightSync.admit`: a push of the same version to one engine alone."""
     late = Engines(run.plan.hf_config, ["http://late"])
@@ -254,6 +278,7 @@ def test_a_newcomer_is_given_the_current_version_and_the_others_follow_it(run):
         t.nbytes for rank in late.ranks["http://late"] for t in rank.parameters.values()
     )
     assert all(rank.is_of(run.weights) for rank in late.ranks["http://late"])
+    assert run.send(2, Engines(run.plan.hf_config, ["http://later"])) == size
     run.step(3)
     run.send(3)
     assert run.engines.told == [(A, "change"), (B, "change")]
