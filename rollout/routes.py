@@ -3,7 +3,7 @@
 Routes are [N, layers * k] ids of experts, the k of a token in every layer side by side (in a layer
 without experts they mean nothing), of the first N tokens of a sample in the smallest type that
 holds them. The token sampled last has none: nobody has computed with it yet. Trainers repeat the
-choices (arXiv 2510.11370; framework/megatron/routing.py).
+choices (arXiv 2510.11370; framework/megatron/routing_replay.py).
 """
 
 import base64
