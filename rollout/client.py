@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from rollout.config import EngineConfig, SamplingConfig
+from rollout.reply_numbers import Logprob, TokenId
 from rollout.routes import read_routes
 
 T = TypeVar("T")
@@ -71,14 +72,14 @@ class _Span(msgspec.Struct):
 
 class _Meta(msgspec.Struct):
     finish_reason: Finish
-    output_token_logprobs: list[tuple[float, int, str | None]]
+    output_token_logprobs: list[tuple[Logprob, TokenId, str | None]]
     weight_version: str
     weight_versions: list[_Span] | None = None
     routed_experts: str | None = None
 
 
 class _Reply(msgspec.Struct):
-    output_ids: list[int]
+    output_ids: list[TokenId]
     meta_info: _Meta
 
 
@@ -320,8 +321,10 @@ def _versions(meta: _Meta, num_tokens: int) -> np.ndarray:
     for span in spans:
         if span.start != position or span.end <= span.start:
             raise ValueError(f"weight_versions do not cover the tokens: {spans}")
-        if not span.version.isdecimal():
-            raise ValueError(f"weight_version is {span.version!r}, not a number")
+        if not (span.version.isdecimal() and len(span.version) < 10):  # fits int32
+            raise ValueError(
+                f"weight_version is {span.version[:30]!r}, not a number of at most 9 digits"
+            )
         versions[span.start : span.end] = int(span.version)
         position = span.end
     if position != num_tokens:

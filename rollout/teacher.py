@@ -13,6 +13,7 @@ import numpy as np
 
 from rollout.client import EngineClient, Finish, check_not_aborted
 from rollout.config import RolloutConfig
+from rollout.reply_numbers import Logprob, TokenId
 from rollout.side_models import SideModels
 from rollout.teacher_tokenizer import check_tokenizer
 from rollout.tokens import Chat
@@ -50,7 +51,7 @@ async def open_teacher(
         yield Teacher(client, rollout.teacher_top_k)
 
 
-Scored = tuple[float | None, int, str | None]
+Scored = tuple[Logprob | None, TokenId, str | None]
 """(log-prob, token id, text), as SGLang tells them."""
 
 
@@ -84,13 +85,9 @@ class Teacher:
         """
         asked = [sample for sample in samples if sample.status is not Status.FAILED]
         found = {id(s): row for s, row in zip(asked, await self._ask(asked), strict=True)}
-        nobody: list[Scored] = [(0.0, 0, None)] * self._top_k
         for sample in samples:
             if id(sample) not in found:
-                found[id(sample)] = {
-                    "teacher_logprobs": np.zeros(sample.response_length, dtype=np.float32),
-                    **_top(sample, [nobody] * sample.response_length, self._top_k),
-                }
+                found[id(sample)] = _zeros(sample, self._top_k)
         return [replace(sample, **found[id(sample)]) for sample in samples]
 
     async def _ask(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
@@ -126,6 +123,16 @@ class Teacher:
         return await self._client.request(body, read)
 
 
+def _zeros(sample: Sample, k: int) -> dict[str, np.ndarray]:
+    """The fields of a sample that is not asked about."""
+    length = sample.response_length
+    fields: dict[str, np.ndarray] = {"teacher_logprobs": np.zeros(length, dtype=np.float32)}
+    if k:
+        fields["teacher_top_ids"] = np.zeros((length, k), dtype=np.int32)
+        fields["teacher_top_logprobs"] = np.zeros((length, k), dtype=np.float32)
+    return fields
+
+
 def _top(sample: Sample, scored: Sequence[list[Scored] | None], k: int) -> dict[str, np.ndarray]:
     """teacher_top_ids and teacher_top_logprobs, [R, k]; neither where k is 0."""
     if not k:
@@ -137,11 +144,10 @@ def _top(sample: Sample, scored: Sequence[list[Scored] | None], k: int) -> dict[
     logprobs = np.array(values, dtype=np.float32).reshape(-1, k)
     if not (logprobs <= 1e-6).all():  # nor NaN
         raise ValueError("the log-prob of a likeliest token is not a number <= 0")
-    ids = [[token for _, token, _ in row] for row in rows]
-    return {
-        "teacher_top_ids": np.array(ids, dtype=np.int32).reshape(-1, k),
-        "teacher_top_logprobs": logprobs,
-    }
+    ids = np.array([[token for _, token, _ in row] for row in rows], dtype=np.int32).reshape(-1, k)
+    if (np.diff(np.sort(ids)) == 0).any():
+        raise ValueError(f"a token is told twice among the {k} likeliest in one place")
+    return {"teacher_top_ids": ids, "teacher_top_logprobs": logprobs}
 
 
 def _logprobs(sample: Sample, scored: list[Scored]) -> np.ndarray:

@@ -104,6 +104,14 @@ def test_a_good_reply_becomes_arrays():
         ([GOOD | {"output_ids": []}], "0 tokens where 1 to 4"),
         ([GOOD | {"output_ids": [1] * 5}], "5 tokens where 1 to 4"),
         ([GOOD | {"output_ids": "12"}], "output_ids"),
+        ([GOOD | {"output_ids": [5, 6, 2**31]}], r"<= 2147483647 - at .*output_ids"),
+        ([GOOD | {"output_ids": [5, 6, 2**70]}], "output_ids"),
+        ([GOOD | {"output_ids": [5, 6, -1]}], r">= 0 - at .*output_ids"),
+        (
+            changed(output_token_logprobs=[[-1e39, 5, ""], [-1, 6, ""], [-1, 2, ""]]),
+            r"3\.40.*e\+38` - at",
+        ),
+        (changed(weight_versions=None, weight_version="9" * 12), "'999999999999', not a number"),
     ],
 )
 def test_rubbish_is_refused_at_once_with_the_reason(body, reason):

@@ -123,11 +123,17 @@ def test_the_likeliest_tokens_come_with_them_where_they_are_wanted():
         ([None, TOP[1], None, TOP[3]], "not 2 likeliest tokens"),
         ([None, TOP[1], TOP[2], [[0.1, 9, None], [-1.5, 7, None]]], "likeliest token is not a"),
         ([None, TOP[1], TOP[2], [[None, 9, None], [-1.5, 7, None]]], "likeliest token is not a"),
+        ([None, TOP[1], TOP[2], [[-0.1, 2**31, None], [-1.5, 7, None]]], r"2147483647 - at .*top"),
+        ([None, TOP[1], TOP[2], [[-0.1, -1, None], [-1.5, 7, None]]], r">= 0 - at .*input_top"),
+        ([None, TOP[1], TOP[2], [[-0.1, 7, None], [-1e39, 9, None]]], r"e\+38` - at .*input_top"),
+        ([None, TOP[1], TOP[2], [[-0.1, 7, None], [-1.5, 7, None]]], "a token is told twice"),
     ],
 )
 def test_likeliest_tokens_that_do_not_fit_are_refused(top: Any, said: str):
     wrong = reply((None, 2), (-0.5, 5), (-9.0, 6), (-1.5, 7), top=top)
-    with pytest.raises(EngineFailure, match=said):
+    with pytest.raises(
+        EngineFailure, match=rf"^http://\S+: the engine's reply is refused: .*{said}"
+    ):
         score(Answers((200, json.dumps([wrong]))), [make_sample()], top_k=2)
 
 
@@ -139,6 +145,10 @@ def test_likeliest_tokens_that_do_not_fit_are_refused(top: Any, said: str):
         ([reply((-0.5, 5), (-1.0, 6))], "not those of the 3 tokens"),
         ([reply((None, 5), (-1.0, 6), (-1.5, 7))], "not a number <= 0"),
         ([reply((None, 2), (0.5, 5), (-1.0, 6), (-1.5, 7))], "not a number <= 0"),
+        (
+            [reply((None, 2), (-1e39, 5), (-1.0, 6), (-1.5, 7))],
+            r"e\+38` - at .*input_token_logprobs",
+        ),
         ([{"text": ""}], "meta_info"),
         ([reply(finish={"type": "abort", "status_code": 400, "message": "long"})], "long"),
     ],
@@ -233,6 +243,8 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_the_texts_of_its_tokens(ca
     assert not caplog.records
     check(Answers((500, "no tokenizer")))
     assert "wise: its tokenizer was not compared with the policy's: status 500" in caplog.text
+    check(Answers((200, json.dumps({"text": ["a" * 2**20]}))))
+    assert "compared with the policy's: its reply exceeds 1048576 bytes" in caplog.text
 
 
 def test_only_the_texts_of_tokens_count_and_not_the_space_around_them():
