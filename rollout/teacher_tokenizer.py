@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 NUM_PROBES = 256
 TIMEOUT_S = 30.0
+MAX_REPLY_BYTES = 1 << 20
+"""4 KiB for the text of each token."""
 
 
 class _Texts(msgspec.Struct):
@@ -56,7 +58,11 @@ async def check_tokenizer(what: str, url: str, api_key: str, chat: Chat) -> None
             aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
             session.post(f"{url}/v1/detokenize", json=body) as reply,
         ):
-            data, status = await reply.read(), reply.status
+            status, data = reply.status, bytearray()
+            async for chunk in reply.content.iter_chunked(1 << 16):
+                data += chunk
+                if len(data) > MAX_REPLY_BYTES:
+                    raise ValueError(f"its reply exceeds {MAX_REPLY_BYTES} bytes")
         if status != 200:
             said = " ".join(data[:200].decode(errors="replace").split())
             raise ValueError(f"status {status}: {said}")
