@@ -50,7 +50,7 @@ class Objective:
     selection: Selection | None = None
     """Tokens of the whole update that the loss treats apart."""
     teacher_top_k: int = 0
-    """How many of a teacher's likeliest tokens the loss asks for at each position."""
+    """How many of a teacher's likeliest tokens the loss is given at each position."""
 
     def advantages(self, batch: StepBatch, mine: Mapping[int, Sample]) -> list[torch.Tensor]:
         """[R] for every sample of the batch, from metadata alone; with token_advantage those of
@@ -197,7 +197,7 @@ def build_objective(config: RunConfig) -> Objective:
         ),
         token_advantage=by_token.bind(algorithm.advantage_args) if by_token else None,
         selection=loss.bind_selection(algorithm.loss_args),
-        teacher_top_k=config.rollout.teacher_top_k if loss.teacher_top else 0,
+        teacher_top_k=config.rollout.teacher_top_k,  # refused of our losses that use none
     )
 
 

@@ -64,7 +64,7 @@ def teacher_top_errors(config: RunConfig) -> Iterator[str]:
     """Whether the teacher's likeliest tokens are there where the loss compares with them."""
     algorithm, k = config.algorithm, config.rollout.teacher_top_k
     flags = row_flags("framework", "algorithm/losses/__init__.py", "LOSSES")
-    needed = flags.get(algorithm.loss, {}).get("teacher_top", False)
+    needed, own = flags.get(algorithm.loss, {}).get("teacher_top", False), "." in algorithm.loss
     if needed and not k:
         yield (
             f"rollout.teacher_top_k=0: algorithm.loss={algorithm.loss} compares with the teacher's "
@@ -75,10 +75,15 @@ def teacher_top_errors(config: RunConfig) -> Iterator[str]:
             f"algorithm.advantage={algorithm.advantage}: algorithm.loss={algorithm.loss} uses no "
             "advantage, so rewards would teach nothing; reverse_kl, as algorithm=gkd has it"
         )
-    if k > 0 and not needed and "." not in algorithm.loss:
+    if k > 0 and not needed and not own:
         yield (
             f"rollout.teacher_top_k={k}: algorithm.loss={algorithm.loss} does not use them; 0, or "
             "algorithm=gkd"
+        )
+    if k > 0 and own and not config.rollout.teacher and config.mode != "train_only":
+        yield (
+            f"rollout.teacher_top_k={k}: rollout.teacher is empty; name a model of "
+            "rollout.side_models, or 0"
         )
     try:
         vocab_size = read_model_shape(config.model).vocab_size

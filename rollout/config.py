@@ -97,7 +97,7 @@ class RolloutConfig:
     samples, for algorithm=on_policy_distillation."""
     teacher_top_k: int = 0
     """How many of the teacher's likeliest tokens, with their log-probs, are carried for every token
-    of a response too, for algorithm=gkd: 8 bytes each; 0: none."""
+    of a response too, for algorithm=gkd or a loss of your own: 8 bytes each; 0: none."""
     host: str = "127.0.0.1"
     """Interface the rollout process binds to."""
     port: int = 0

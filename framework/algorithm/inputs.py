@@ -122,7 +122,7 @@ class LossInputs:
     selected: torch.Tensor | None = None
     """[T] float32: 1 at the tokens that the loss's own `scores` chose among the whole update's."""
     teacher: TeacherTop | None = None
-    """Of a loss whose row says `teacher_top`."""
+    """Where rollout.teacher_top_k asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

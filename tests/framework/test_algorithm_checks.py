@@ -176,3 +176,8 @@ def test_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     assert build_objective(config)(inputs).loss.tolist() == [3.0, 3.0]
     assert "did you mean factor?" in check_config(with_knob("facto"))[0]
+    assert build_objective(config).teacher_top_k == 0
+    config.rollout.teacher_top_k = 5
+    assert build_objective(config).teacher_top_k == 5
+    (error,) = check_config(config)
+    assert error.startswith("rollout.teacher_top_k=5: rollout.teacher is empty; name a model")
