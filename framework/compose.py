@@ -39,6 +39,12 @@ HF_CONFIGS = "hf_configs/"
 weights: enough for dry_run."""
 
 
+SECRET = "api_key"
+SECRET_TABLES = ("variables", "headers")
+"""Mappings whose values may be keys: a tool server's environment, what goes with a call."""
+_LEFT_OUT = "(left out)"
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; `errors` holds one line per thing that is wrong."""
 
@@ -224,17 +230,22 @@ def config_yaml(config: RunConfig) -> str:
 
 
 def without_keys(value: Any) -> Any:
-    """The same mappings and lists, every `api_key` in them replaced: for what people are shown."""
+    """The same mappings and lists, every secret in them replaced: for what people are shown."""
     if isinstance(value, Mapping):
-        return {
-            name: "(left out)" if name == "api_key" and each else without_keys(each)
-            for name, each in value.items()
-        }
+        return {name: _without_key(name, each) for name, each in value.items()}
     return [without_keys(each) for each in value] if isinstance(value, list) else value
 
 
+def _without_key(name: Any, value: Any) -> Any:
+    if name in SECRET_TABLES and isinstance(value, Mapping):
+        return {each: _LEFT_OUT if inner else inner for each, inner in value.items()}
+    if name in (SECRET, *SECRET_TABLES) and value:
+        return _LEFT_OUT
+    return without_keys(value)
+
+
 def shown_yaml(config: RunConfig) -> str:
-    """config_yaml() without keys of engines, side models and rewards' services."""
+    """config_yaml() without keys of engines, side models, rewards' services and tool servers."""
     values = without_keys(dataclasses.asdict(config))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

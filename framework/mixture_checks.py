@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from framework.compose import without_keys
 from framework.config import RunConfig
 from framework.field_rules import field_errors
 from rollout.config import DataConfig
@@ -100,8 +101,9 @@ def _of_the_run(config: RunConfig) -> Iterator[str]:
         for name in OF_TASK:
             if (value := getattr(data, name)) != getattr(plain, name):
                 yield (
-                    f"data.{name}={value}: every domain of data.mixture has a task of its own, so "
-                    f"none reads it; set data.mixture.<name>.{name}, or data=mixture"
+                    f"data.{name}={without_keys(value)}: every domain of data.mixture has a "
+                    f"task of its own, so none reads it; set data.mixture.<name>.{name}, or "
+                    "data=mixture"
                 )
 
 

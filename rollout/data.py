@@ -7,7 +7,7 @@ prompts, chosen by a hash of their identity, is set aside for evaluation.
 import asyncio
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from rollout.config import DataConfig, RolloutConfig
@@ -56,7 +56,7 @@ class PromptStream:
         try:
             return made(*given, **named, **self._data.args)
         except TypeError as error:
-            args, task = self._data.args, self._data.task
+            args, task = _shown(self._data.args), self._data.task
             known = [name for name in inspect.signature(self._kind).parameters if name != "seed"]
             raise ValueError(
                 f"data.args={args} of data.task={task}: {error}; it takes {', '.join(known)}"
@@ -137,3 +137,11 @@ async def play(
     return transcript.sample(
         group_id=group_id, index=index, reward=reward, metadata=environment.describe()
     )
+
+
+def _shown(args: Mapping[str, Any]) -> dict[str, Any]:
+    """For an error: without what may hold a key."""
+    return {
+        name: "(left out)" if name == "api_key" or isinstance(value, Mapping) else value
+        for name, value in args.items()
+    }

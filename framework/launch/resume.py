@@ -114,7 +114,7 @@ def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
     before, now = _flat(old), _flat(new)
     for each in (before, now):
         each["rollout.side_models"] = _side_models(each["rollout.side_models"])
-        for key in ("data.rewards", "data.mixture", "eval.sets"):
+        for key in ("data.args", "data.rewards", "data.mixture", "eval.sets"):
             each[key] = without_keys(each[key])
     for key, value in now.items():
         if any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER):

@@ -178,6 +178,16 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(stopped, capsys, overr
     assert (stopped.config.read_bytes(), stopped.metrics.read_bytes()) == before
 
 
+def test_a_refused_resume_shows_no_secrets(stopped, capsys):
+    """Another key is no other run."""
+    arguments = [*BASE, "num_steps=4", f"run_dir={stopped.path}", "checkpoint.resume=auto"]
+    keys = ["data.args.variables={TOKEN: sesame}", "data.args.api_key=sesame"]
+    assert main([*arguments, *keys]) == 2
+    said = capsys.readouterr().err
+    assert "data.args={" in said
+    assert "sesame" not in said
+
+
 def test_a_run_that_saved_nothing_is_not_begun_again_by_auto(tmp_path, capsys):
     arguments = [*BASE, f"run_dir={tmp_path / 'run'}", "checkpoint.every_steps=0"]
     assert main(arguments) == 0

@@ -12,8 +12,10 @@ from framework.compose import (
     ConfigError,
     compose_config,
     config_yaml,
+    file_mode,
     group_options,
     load_run_config,
+    shown_yaml,
 )
 from framework.config import RunConfig
 from framework.config_fields import config_fields, nearest
@@ -110,6 +112,31 @@ def test_config_yaml_gives_back_the_same_run(tmp_path: Path) -> None:
     )
     (tmp_path / "config.yaml").write_text(config_yaml(config))
     assert load_run_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("args", {"variables": {"TOKEN": "sesame", "EMPTY": ""}}),
+        ("args", {"args": {"variables": {"TOKEN": "sesame"}}}),
+        ("mixture", {"a": {"args": {"variables": {"TOKEN": "sesame"}}}}),
+        ("rewards", {"x": {"args": {"headers": {"TOKEN": "sesame"}}}}),
+        ("rewards", {"x": {"args": {"headers": ["TOKEN: sesame"]}}}),
+        ("rewards", {"x": {"args": {"api_key": "sesame"}}}),
+    ],
+)
+def test_secrets_are_its_owners_alone(section: str, values: dict, tmp_path: Path) -> None:
+    """Kept for the run, where nobody else may read; left out of what is shown."""
+    config = compose_config(["experiment=smoke"])
+    assert file_mode(config) == 0o644
+    setattr(config.data, section, values)
+    assert file_mode(config) == 0o600
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    assert getattr(load_run_config(tmp_path).data, section) == values
+    shown = shown_yaml(config)
+    assert "sesame" not in shown
+    assert "(left out)" in shown
+    assert ("TOKEN: (left out)" in shown) == ("'TOKEN'" in str(values))
 
 
 @pytest.mark.parametrize(

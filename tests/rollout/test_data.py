@@ -60,6 +60,10 @@ def test_bad_arguments_of_a_task_are_named():
         PromptStream(DataConfig(task="nosuch"), 0, "train")
     with pytest.raises(ValueError, match=r"data.args=.* of data.task=sort.*digits"):
         identities("train", 1, args={"digits": 3})
+    secrets = {"api_key": "sesame", "variables": {"TOKEN": "sesame"}}
+    with pytest.raises(ValueError, match=r"data.args=.* of data.task=sort.*digits") as error:
+        identities("train", 1, args={"digits": 3, **secrets})
+    assert "sesame" not in str(error.value)
     with pytest.raises(ValueError, match=r"num_digits=0"):
         identities("train", 1, args={"num_digits": 0})
     with pytest.raises(ValueError, match=r"nosuch"):
