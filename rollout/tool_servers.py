@@ -103,15 +103,13 @@ async def _connect(spec: ServerSpec, stack: contextlib.AsyncExitStack) -> Any:
     from mcp import Client
     from mcp.client.streamable_http import streamable_http_client
 
+    from rollout.mcp_http import http_client
     from rollout.mcp_stdio import stdio_streams
 
     if spec.command:
         transport = stdio_streams(spec.command, dict(spec.variables))
     else:
-        import httpx2
-
-        headers = {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {}
-        http = httpx2.AsyncClient(headers=headers, timeout=spec.call_timeout_s + _PROBE_S)
+        http = http_client(spec.api_key, spec.call_timeout_s + _PROBE_S)
         transport = streamable_http_client(
             spec.url, http_client=await stack.enter_async_context(http)
         )
@@ -170,6 +168,7 @@ class ToolServer:
         from mcp import MCPError
         from mcp_types import (
             CONNECTION_CLOSED,
+            PARSE_ERROR,
             REQUEST_TIMEOUT,
             CallToolRequest,
             CallToolRequestParams,
@@ -187,7 +186,7 @@ class ToolServer:
             )
             answered = True
         except MCPError as error:
-            answered = error.code not in (CONNECTION_CLOSED, REQUEST_TIMEOUT)
+            answered = error.code not in (CONNECTION_CLOSED, PARSE_ERROR, REQUEST_TIMEOUT)
             if answered:
                 return f"error: {error}"
             why = f"no answer within {bound:g} s" if error.code == REQUEST_TIMEOUT else str(error)

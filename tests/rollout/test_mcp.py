@@ -1,18 +1,25 @@
 """Tools of MCP servers: real ones, as processes of their own, and what may go wrong with them."""
 
 import asyncio
+import contextlib
+import gzip
 import json
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from rollout import tool_servers
 from rollout.config import DataConfig
@@ -23,6 +30,7 @@ from tests.rollout.mcp_server import server
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, str(HERE / "mcp_server.py")]
 VARIABLES = {"PYTHONPATH": str(HERE.parents[1])}
+UNKNOWN = {"code": -32601, "message": "no such method"}
 ODD = str(HERE / "odd_mcp_server.py")
 
 
@@ -101,6 +109,19 @@ def test_a_task_is_played_with_the_tools_of_a_server(tmp_path):
     assert gone(dead, server, child)
 
 
+@contextlib.contextmanager
+def served(app: Any) -> Iterator[str]:
+    """The URL of an ASGI application."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        http = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        http.install_signal_handlers = lambda: None  # pyright: ignore
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/mcp"
+        http.should_exit = True
+        thread.join(20)
+
+
 def test_a_server_that_is_somewhere_is_asked_over_http_with_its_key():
     app = server.streamable_http_app()
     keys = set()
@@ -117,15 +138,61 @@ def test_a_server_that_is_somewhere_is_asked_over_http_with_its_key():
         with pytest.raises(ToolServerError, match=r"^http://127\.0\.0\.1:9/mcp: .*onnect"):
             await nobody.schemas()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        http = uvicorn.Server(uvicorn.Config(guarded, log_level="error"))
-        http.install_signal_handlers = lambda: None  # pyright: ignore
-        thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        asyncio.run(ask(f"http://127.0.0.1:{listener.getsockname()[1]}/mcp"))
-        http.should_exit = True
-        thread.join(20)
+    with served(guarded) as url:
+        asyncio.run(ask(url))
     assert keys == {b"Bearer sesame"}
+
+
+async def flooding(request: Request) -> Response:
+    """An MCP server whose right answers are as large as its tool is asked to make them."""
+    if request.method != "POST":
+        return Response(status_code=405)
+    asked = await request.json()
+    if "id" not in asked:
+        return Response(status_code=202)
+    result: dict[str, Any] = {"content": [{"type": "text", "text": "right"}]}
+    if asked["method"] == "initialize":
+        result = {"protocolVersion": "2025-06-18", "capabilities": {}}
+        result["serverInfo"] = {"name": "flood", "version": "1"}
+    if asked["method"] == "tools/list":
+        result = {"tools": [{"name": "flood", "inputSchema": {"type": "object"}}]}
+    given = asked.get("params", {}).get("arguments") or {}
+    reply = json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result})
+    if asked["method"] == "server/discover":
+        reply = json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": UNKNOWN})
+    padded = (reply + " " * given.get("spaces", 0)).encode()
+    if given.get("zipped"):
+        zipped, headers = gzip.compress(padded), {"content-encoding": "gzip"}
+        return Response(zipped, headers=headers, media_type="application/json")
+    if count := given.get("events"):
+        told = {"level": "info", "data": "a" * 900_000}
+        notice = {"jsonrpc": "2.0", "method": "notifications/message", "params": told}
+        events = [f"event: message\ndata: {text}\n\n" for text in (json.dumps(notice), reply)]
+        return Response(events[0] * count + events[1], media_type="text/event-stream")
+    return Response(padded, media_type="application/json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"spaces": 5 << 20}, "an answer of more than 4194304 bytes"),
+        ({"zipped": True, "spaces": 5 << 20}, "content-encoding gzip, which was not asked for"),
+        ({"events": 6}, "SSE stream ended without a response"),
+    ],
+)
+def test_what_a_server_somewhere_says_is_read_up_to_a_bound(arguments, said):
+    async def ask(url: str) -> None:
+        server = tool_server(ServerSpec(url=url))
+        for right in ({}, {"spaces": 1 << 20}, {"events": 2}):
+            assert await server.call("flood", right) == "right"
+        with pytest.raises(ToolServerError, match=said):
+            await server.call("flood", arguments)
+        assert await server.call("flood", {}) == "right"
+
+    with served(
+        Starlette(routes=[Route("/mcp", flooding, methods=["GET", "POST", "DELETE"])])
+    ) as url:
+        asyncio.run(ask(url))
 
 
 @pytest.mark.parametrize(
