@@ -176,12 +176,13 @@ def _sample(random: np.random.Generator, group_id: int, index: int, prompt: np.n
         turn_rewards=[k / 8 for k, _ in enumerate(range(0, length, 7))],
         reward=float(length / 20 + random.random()),
     )
-    # The teacher likes what the policy found unlikely: advantages of either sign.
     sample.routes = _routes(group_id, index, len(sample.tokens) - 1)
+    # The teacher likes what the policy found unlikely: advantages of either sign.
     sample.teacher_logprobs = np.minimum(-1 - 0.5 * sample.rollout_logprobs, 0) * mask
-    top = [random.choice(101, TEACHER_TOP_K, replace=False) for _ in range(length)]
+    own = np.random.default_rng((group_id, index))  # the samples are those of every other row
+    top = [own.choice(101, TEACHER_TOP_K, replace=False) for _ in range(length)]
     sample.teacher_top_ids = np.array(top, dtype=np.int32)
-    shares = random.dirichlet(np.ones(TEACHER_TOP_K + 1), length)[:, 1:]
+    shares = own.dirichlet(np.ones(TEACHER_TOP_K + 1), length)[:, 1:]
     sample.teacher_top_logprobs = np.log(shares + 1e-3).astype(np.float32).clip(max=0)
     return sample
 

@@ -136,7 +136,7 @@ def test_sample_indices_and_versions_out_of_range(running):
 
 
 def test_waiting_ranks_learn_why_generation_ended(running):
-    async def broken(*arguments: object) -> None:
+    async def broken(*arguments: object, **named: object) -> None:
         await asyncio.sleep(0.3)
         raise EngineFailure("the engine is on fire")
 
