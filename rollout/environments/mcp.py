@@ -50,7 +50,7 @@ class McpEnvironment(Environment):
         for key, value in (("start", start_timeout_s), ("call", call_timeout_s)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"data.args.{key}_timeout_s={value}: must be more than 0")
-        _check_address(list(command), url)
+        _check_address(command, url)
         self._task = _find(task)(seed=seed, **(args or {}))
         self._wanted = list(tools)
         self._calls_left = max_calls
@@ -128,9 +128,13 @@ class McpEnvironment(Environment):
         return self._task.mistake(random)
 
 
-def _check_address(command: list[str], url: str) -> None:
-    if bool(command) == bool(url):
-        raise ValueError("data.args: one of command and url is wanted, for the MCP server")
+def _check_address(command: Sequence[str], url: str) -> None:
+    if isinstance(command, str):
+        raise ValueError(f"data.args.command={command}: must be a list, as [python, server.py]")
+    if not command and not url:
+        raise ValueError("data.args: set command or url of the MCP server")
+    if command and url:
+        raise ValueError(f"data.args.command={command}, data.args.url={url}: set one of them")
     if url and not url.startswith(("http://", "https://")):
         raise ValueError(f"data.args.url={url}: must begin with http:// or https://")
     if not all(isinstance(word, str) and word for word in command):

@@ -292,8 +292,9 @@ def test_what_a_server_says_beside_its_answers_does_no_harm(how):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"command": []}, "one of command and url is wanted"),
-        ({"url": "http://127.0.0.1:9/mcp", "command": ["true"]}, "one of command and url"),
+        ({"command": []}, "set command or url"),
+        ({"url": "http://127.0.0.1:9/mcp", "command": ["true"]}, "set one of them"),
+        ({"command": "python"}, "must be a list"),
         ({"url": "file:///etc/passwd", "command": []}, "must begin with http:// or https://"),
         ({"command": ["no-such-program"]}, "there is no program no-such-program"),
         ({"command": ["true", 7]}, "a list of words is wanted"),
