@@ -5,6 +5,7 @@ bytes are read box by box, so that each rank touches only what it holds: whole r
 the tensor that they are for, other boxes through a mapping.
 """
 
+import ctypes
 import json
 import os
 from contextlib import ExitStack
@@ -109,7 +110,9 @@ class HfCheckpoint:
             descriptor = os.open(self.path / info.file, os.O_RDONLY)
             self._files.callback(os.close, descriptor)
             self._descriptors[info.file] = descriptor
-        memory = out.reshape(-1).view(torch.uint8).numpy().data
+        # Not out.numpy(): that makes the storage one that can never be resized (offloading does).
+        size = out.numel() * out.element_size()
+        memory = memoryview((ctypes.c_char * size).from_address(out.data_ptr())).cast("B")
         row_bytes = prod(info.shape[1:]) * out.element_size()
         at, read = info.start + box.start[0] * row_bytes, 0
         while read < len(memory):  # Linux reads 2 GB at a time
