@@ -1,48 +1,19 @@
 """Episodes of several turns against the real server, as the journal keeps them."""
 
-import asyncio
 from pathlib import Path
 
 from rollout.batch import make_batch
-from rollout.client import EngineClient
-from rollout.config import EngineConfig, SamplingConfig
-from rollout.generate import Episode, Generator
 from rollout.journal import read_step, write_step
-from rollout.rewards import REWARDS
-from rollout.tokens import Chat
-from rollout.types import Group, Sample, Status
-from tests.conftest import API_KEY
+from rollout.types import Group, Status
 from tests.rollout.fakes import EchoEnvironment
+from tests.rollout.real_episodes import play
 
 NUM_TURNS = 3
 
 
-def play(url: str, chat: Chat) -> list[Sample]:
-    async def main() -> list[Sample]:
-        async with EngineClient([url], API_KEY, EngineConfig()) as client:
-            generator = Generator(
-                client=client,
-                chat=chat,
-                sampling=SamplingConfig(max_new_tokens=300),
-                reward=REWARDS["environment"],
-                timeout_s=5.0,
-            )
-            episodes = [
-                Episode(
-                    environment=EchoEnvironment(seed=0, num_turns=NUM_TURNS),
-                    group_id=0,
-                    index=k,
-                    seed=k,
-                )
-                for k in range(6)
-            ]
-            return await generator.run(episodes, 0)
-
-    return asyncio.run(main())
-
-
 def test_turns_of_a_real_policy_keep_their_boundaries_and_masks(engine, chat, tmp_path):
-    samples = play(engine.url, chat)
+    environments = [EchoEnvironment(seed=0, num_turns=NUM_TURNS) for _ in range(6)]
+    samples = play(engine.url, chat, environments, max_new_tokens=300, timeout_s=5.0)
     batch, _ = make_batch(0, [Group(group_id=0, start_version=0, samples=samples)], 1.0)
     _, journaled = read_step(write_step(Path(tmp_path), batch, samples))
     finished = [sample for sample in journaled if sample.status is Status.STOPPED]
