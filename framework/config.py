@@ -197,7 +197,8 @@ class BatchConfig:
     """Budget of one packed micro-batch of one data-parallel rank."""
     overlong: str = "refuse"
     """refuse | truncate: what becomes of a sample longer than the budget. truncate cuts the end of
-    its response and counts it in train/truncated_samples and train/truncated_tokens."""
+    its response and counts it in train/truncated_samples and train/truncated_tokens. A prompt that
+    leaves no room for a response fails its samples (rollout/failed_fraction) unsampled."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -199,6 +199,21 @@ class RolloutModel:
 
 
 @dataclass(kw_only=True, slots=True)
+class RolloutBatch:
+    """What the rollout side needs of the run's `batch` section."""
+
+    max_tokens_per_microbatch: int
+    overlong: str
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutParallel:
+    """What the rollout side needs of the run's `parallel` section."""
+
+    cp: int
+
+
+@dataclass(kw_only=True, slots=True)
 class RolloutEval:
     """What the rollout side needs of the run's `eval` section."""
 
@@ -215,6 +230,8 @@ class RolloutRun:
     model: RolloutModel
     rollout: RolloutConfig
     data: DataConfig
+    batch: RolloutBatch
+    parallel: RolloutParallel
     eval: RolloutEval = field(default_factory=RolloutEval)
 
 
@@ -228,10 +245,15 @@ def load_rollout_run(config_path: Path) -> RolloutRun:
     if not isinstance(whole, DictConfig):
         raise ValueError(f"{config_path}: holds no mapping")
     ours = {name: whole[name] for name in RolloutRun.__dataclass_fields__ if name in whole}
-    if "model" in ours:
-        ours["model"] = {name: ours["model"][name] for name in ("hf_path", "init_from")}
-    if "eval" in ours:
-        ours["eval"] = {"sets": ours["eval"].get("sets", {})}
+    for section, part in (
+        ("model", RolloutModel),
+        ("batch", RolloutBatch),
+        ("parallel", RolloutParallel),
+        ("eval", RolloutEval),
+    ):
+        if section in ours:
+            known = part.__dataclass_fields__
+            ours[section] = {name: ours[section][name] for name in known if name in ours[section]}
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, ours))  # pyright: ignore
     except (OmegaConfBaseException, KeyError) as error:

@@ -16,6 +16,7 @@ from rollout.filters import GroupFilters
 from rollout.generate import Episode, Generator
 from rollout.greedy import run_with_baseline
 from rollout.mixture import DomainSettings, domain_seed, read_domains
+from rollout.prompt_bound import bound_prompts
 from rollout.rewards import make_eval_reward, make_reward, punish_overlong
 from rollout.rewards.endpoint import FindSideModel
 from rollout.seeds import derive_seed
@@ -137,7 +138,14 @@ async def open_tasks(
                     name=each.name,
                     prompts=stream,
                     generator=replace(
-                        _punished(found, each.data), teacher=teacher, routes=engine.return_routes
+                        _punished(found, each.data),
+                        teacher=teacher,
+                        routes=engine.return_routes,
+                        prompts=bound_prompts(
+                            run.batch,
+                            cp=run.parallel.cp,
+                            max_new_tokens=each.sampling.max_new_tokens,
+                        ),
                     ),
                     filters=GroupFilters(each.filters),
                     samples_per_prompt=per_group,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,11 +23,12 @@ from rollout.agents.engine import (
     check_version,
     replies_of,
 )
+from rollout.boundary import EpisodeError, boundary, check_messages, failed_sample
 from rollout.bounds import Bound
-from rollout.client import EngineClient, Generation
+from rollout.client import EngineClient, EngineRefusal, Generation
 from rollout.config import SamplingConfig
 from rollout.environments import Environment
-from rollout.environments.base import ROLES, Message, is_message
+from rollout.prompt_bound import PromptBound
 from rollout.rewards import RewardFunction, Task
 from rollout.seeds import derive_seed
 from rollout.teacher import Teacher
@@ -49,35 +50,6 @@ async def run_together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             first = first.exceptions[0]
         raise first from None
     return [task.result() for task in tasks]
-
-
-class _EpisodeError(Exception):
-    """Environment or reward failed; the message says how."""
-
-
-@contextlib.contextmanager
-def _boundary(what: str) -> Iterator[None]:
-    """Around foreign code and the use of what it gave: all that goes wrong is an _EpisodeError.
-
-    sys.exit() of an environment is its own end, not ours. A CancelledError that nobody sent us is
-    its own as well: it would end our task without a word, and its group would never come.
-    """
-    try:
-        yield
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
-            raise
-        raise _EpisodeError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def _check_messages(messages: Iterable[Message]) -> None:
-    """ValueError where a template would render something else than was meant."""
-    for message in messages:
-        if not is_message(message):
-            raise ValueError(
-                f"message {message!r}: role ({', '.join(ROLES)}) and content, a text, are wanted"
-            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,6 +83,8 @@ class Generator:
     """Whose log-probs the samples are to carry."""
     routes: bool = False
     """Samples carry the experts that the engine chose."""
+    prompts: PromptBound | None = None
+    """The longest that can be trained on; None: nothing is trained."""
 
     async def run(self, episodes: list[Episode], version: int) -> list[Sample]:
         """Samples of the episodes, in order; with `play` of an episode one or several.
@@ -126,43 +100,56 @@ class Generator:
             played = await run_together(self._play(episode, version) for episode in episodes)
             return _numbered([sample for samples in played for sample in samples])
         prompts = await asyncio.gather(*(self._prompt(episode) for episode in episodes))
-        started = [k for k, prompt in enumerate(prompts) if not isinstance(prompt, _EpisodeError)]
-        generations = (
-            await self.client.generate(
-                [prompts[k] for k in started],  # pyright: ignore[reportArgumentType]
-                self.sampling,
-                [episodes[k].seed for k in started],
-                routes_from=0 if self.routes else None,
-            )
-            if started
-            else []
-        )
-        first = dict(zip(started, generations, strict=True))
+        asked = {k: prompt for k, prompt in enumerate(prompts) if isinstance(prompt, list)}
+        seeds = [episodes[k].seed for k in asked]
+        said = await self._first_replies([*asked.values()], seeds) if asked else []
+        first = dict(zip(asked, said, strict=True))
         return await run_together(
             self._episode(episode, prompts[k], first.get(k), version)
             for k, episode in enumerate(episodes)
         )
 
-    async def _prompt(self, episode: Episode) -> "list[int] | _EpisodeError":
+    async def _first_replies(
+        self, prompts: list[list[int]], seeds: list[int]
+    ) -> list[Generation | EpisodeError]:
+        """In order. A prompt that the engine does not take costs its own episode, no other."""
+        try:
+            return [
+                *await self.client.generate(
+                    prompts, self.sampling, seeds, routes_from=0 if self.routes else None
+                )
+            ]
+        except EngineRefusal as error:
+            if len(prompts) == 1:
+                return [EpisodeError(f"prompt: {error}")]
+        alone = zip(prompts, seeds, strict=True)
+        found = await run_together(self._first_replies([each], [seed]) for each, seed in alone)
+        return [reply for (reply,) in found]
+
+    async def _prompt(self, episode: Episode) -> list[int] | EpisodeError:
         try:
             messages = await self._guard(episode.environment.initial_messages(), "prompt")
-            with _boundary("prompt"):
-                _check_messages(messages)
-                if tokens := self.chat.prompt(messages):
-                    return tokens
-            raise _EpisodeError(f"prompt: {messages} has no tokens")
-        except _EpisodeError as error:
+            with boundary("prompt"):
+                check_messages(messages)
+                tokens = self.chat.prompt(messages)
+                if self.prompts is not None:
+                    self.prompts.check(len(tokens))
+            if tokens:
+                return tokens
+            raise EpisodeError(f"prompt: {messages} has no tokens")
+        except EpisodeError as error:
             return error
 
     async def _episode(
         self,
         episode: Episode,
-        prompt: "list[int] | _EpisodeError",
-        first: Generation | None,
+        prompt: list[int] | EpisodeError,
+        first: Generation | EpisodeError | None,
         version: int,
     ) -> Sample:
-        if isinstance(prompt, _EpisodeError) or first is None:
-            return self._failed(episode, self._nothing(), str(prompt))
+        if isinstance(prompt, EpisodeError) or not isinstance(first, Generation):
+            reason = prompt if isinstance(prompt, EpisodeError) else first
+            return self._failed(episode, self._nothing(), str(reason))
         transcript = Transcript(prompt)
         try:
             task, status = await self._converse(episode, transcript, first, version)
@@ -173,7 +160,7 @@ class Generator:
                 metadata=task.description,
             )
             await self._score(sample, task)
-        except _EpisodeError as error:
+        except EpisodeError as error:
             return self._failed(episode, transcript, str(error))
         sample.check()
         return sample
@@ -181,12 +168,12 @@ class Generator:
     async def _score(self, sample: Sample, task: Task) -> None:
         """The reward and its components, into the sample."""
         reward = await self._guard(self.reward(sample, task), "reward")
-        with _boundary("reward"):
+        with boundary("reward"):
             sample.reward = float(reward.value)
             sample.rewards = {str(k): float(v) for k, v in reward.components.items()}
         for name, value in {"reward": sample.reward, **sample.rewards}.items():
             if not np.isfinite(value):
-                raise _EpisodeError(f"{name} is {value}")
+                raise EpisodeError(f"{name} is {value}")
 
     async def _play(self, episode: Episode, version: int) -> list[Sample]:
         """The samples of an episode that a program plays; its failure is one failed sample."""
@@ -197,6 +184,7 @@ class Generator:
             episode_seed=episode.seed,
             version=version,
             routes=self.routes,
+            prompts=self.prompts,
         )
         task = AgentTask(
             environment=episode.environment,
@@ -205,13 +193,17 @@ class Generator:
             seed=episode.seed,
         )
         try:
-            with _boundary("describe"):
+            with boundary("describe"):
                 description = {str(k): str(v) for k, v in task.environment.describe().items()}
             played = self.play(engine, task, self.sampling)
             found = await self._guard(played, "generate", self.episode_timeout_s)
-            with _boundary("generate"):
+            with boundary("generate"):
                 samples = check_samples(
-                    found, task, self.sampling.max_new_tokens, routes=self.routes
+                    found,
+                    task,
+                    self.sampling.max_new_tokens,
+                    routes=self.routes,
+                    prompts=self.prompts,
                 )
             for sample in samples:
                 sample.metadata = description | sample.metadata
@@ -223,7 +215,7 @@ class Generator:
                         environment_reward=float(sample.reward),
                     ),
                 )
-        except _EpisodeError as error:
+        except EpisodeError as error:
             samples = [self._failed(episode, self._nothing(), str(error))]
         if engine.failure is not None:
             raise engine.failure
@@ -234,7 +226,7 @@ class Generator:
     ) -> tuple[Task, Status]:
         """Turns until the environment is done or the token budget is spent."""
         environment = episode.environment
-        with _boundary("describe"):
+        with boundary("describe"):
             description = {str(k): str(v) for k, v in environment.describe().items()}
             state = str(environment.state())
         task = Task(description=description, replies=[], environment_reward=0.0)
@@ -252,37 +244,40 @@ class Generator:
             if generation.finish == "length":
                 return task, Status.TRUNCATED
             step = await self._guard(environment.step(task.replies[-1]), "step")
-            with _boundary("step"):
+            with boundary("step"):
                 task.environment_reward += float(step.reward)
                 transcript.pay(float(step.reward))
                 if step.done:
                     return task, Status.STOPPED
                 state = str(environment.state())
-                _check_messages(step.messages)
+                check_messages(step.messages)
                 observation = self.chat.continuation(step.messages, ended=generation.end_token)
             budget = self.sampling.max_new_tokens - transcript.response_length - len(observation)
             if budget < 1:  # no answer would fit: what nobody answers to is not kept either
                 return task, Status.TRUNCATED
             transcript.add_observation(observation)
-            (generation,) = await self.client.generate(
-                [transcript.tokens],
-                replace(self.sampling, max_new_tokens=budget),
-                [derive_seed(episode.seed, "turn", len(task.replies))],
-                routes_from=transcript.num_routes if self.routes else None,
-            )
+            try:
+                (generation,) = await self.client.generate(
+                    [transcript.tokens],
+                    replace(self.sampling, max_new_tokens=budget),
+                    [derive_seed(episode.seed, "turn", len(task.replies))],
+                    routes_from=transcript.num_routes if self.routes else None,
+                )
+            except EngineRefusal as error:  # longer than its context
+                raise EpisodeError(f"turn {len(task.replies)}: {error}") from error
 
     async def _guard(self, call: Awaitable[T], what: str, timeout_s: float | None = None) -> T:
-        """Await foreign code within its bound; whatever it raises becomes an _EpisodeError."""
+        """Await foreign code within its bound; whatever it raises becomes an EpisodeError."""
         limit = self.timeout_s if timeout_s is None else timeout_s
         async with self.places or contextlib.nullcontext():  # waiting for a place is not its time
             bound = Bound(limit)
             try:
-                with _boundary(what):
+                with boundary(what):
                     async with bound:
                         return await call
-            except _EpisodeError:
+            except EpisodeError:
                 if bound.expired():
-                    raise _EpisodeError(f"{what}: no answer within {limit:g} s") from None
+                    raise EpisodeError(f"{what}: no answer within {limit:g} s") from None
                 raise
 
     def _nothing(self) -> Transcript:
@@ -295,28 +290,6 @@ class Generator:
         logger.warning("sample %d/%d failed: %s", episode.group_id, episode.index, reason)
         sample = transcript.sample(group_id=episode.group_id, index=episode.index)
         return failed_sample(sample, reason)
-
-
-def failed_sample(sample: Sample, reason: str) -> Sample:
-    """The sample as one that trains nothing and says why."""
-    return replace(
-        sample,
-        status=Status.FAILED,
-        metadata={"error": reason},
-        reward=0.0,
-        rewards={},
-        loss_mask=np.zeros_like(sample.loss_mask),
-        rollout_logprobs=np.zeros_like(sample.rollout_logprobs),
-        versions=np.full_like(sample.versions, -1),
-        teacher_logprobs=_zeros(sample.teacher_logprobs),
-        teacher_top_ids=_zeros(sample.teacher_top_ids),
-        teacher_top_logprobs=_zeros(sample.teacher_top_logprobs),
-        routes=None,
-    )
-
-
-def _zeros(values: np.ndarray | None) -> np.ndarray | None:
-    return None if values is None else np.zeros_like(values)
 
 
 def _numbered(samples: list[Sample]) -> list[Sample]:

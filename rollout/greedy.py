@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from rollout.generate import Episode, Generator, failed_sample, run_together
+from rollout.boundary import failed_sample
+from rollout.generate import Episode, Generator, run_together
 from rollout.types import Sample, Status
 
 

@@ -17,6 +17,7 @@ from rollout.client import EngineFailure, EngineRefusal, Generation
 from rollout.config import SamplingConfig
 from rollout.environments import Environment
 from rollout.environments.base import Message
+from rollout.prompt_bound import PromptBound
 from rollout.seeds import derive_seed
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample
@@ -48,10 +49,15 @@ class PolicyEngine:
         episode_seed: int,
         version: int,
         routes: bool = False,
+        prompts: PromptBound | None = None,
     ) -> None:
-        """version: the least one that sampled tokens may have. routes: generations carry them."""
+        """version: the least one that sampled tokens may have. routes: generations carry them.
+
+        prompts: the longest that can be trained on.
+        """
         self.chat = chat
         """Text <-> tokens: `chat.prompt(messages)`, `chat.continuation(...)`, `chat.text(ids)`."""
+        self.prompts = prompts
         self.failure: EngineFailure | None = None
         """What ended the engines' service, however the program took it."""
         self._client = client
@@ -148,11 +154,16 @@ def replies_of(chat: Chat, sample: Sample) -> list[str]:
 
 
 def check_samples(
-    samples: object, task: AgentTask, max_new_tokens: int, *, routes: bool = False
+    samples: object,
+    task: AgentTask,
+    max_new_tokens: int,
+    *,
+    routes: bool = False,
+    prompts: PromptBound | None = None,
 ) -> list[Sample]:
     """What a program returned, if it can be trained on; ValueError says why it cannot.
 
-    routes: what is trained must carry them.
+    routes: what is trained must carry them. prompts: the longest that can be trained on.
     """
     if not isinstance(samples, list) or not samples:
         raise ValueError(f"returned {type(samples).__name__}; a list of at least one Sample")
@@ -161,6 +172,8 @@ def check_samples(
             raise ValueError(f"returned a {type(sample).__name__} where a Sample is wanted")
         sample.group_id = task.group_id
         sample.check()
+        if prompts is not None:
+            prompts.check(sample.prompt_length)
         if not 1 <= sample.response_length <= max_new_tokens:
             raise ValueError(
                 f"a response has {sample.response_length} tokens; "

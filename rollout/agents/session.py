@@ -166,6 +166,11 @@ class Session:
         tokens = _rendered(lambda: chat.prompt(messages, tools))
         if not tokens:
             raise Refused(400, "the messages have no tokens", param="messages")
+        if self._engine.prompts is not None:
+            try:
+                self._engine.prompts.check(len(tokens))
+            except ValueError as error:
+                raise Refused(400, f"{CONTEXT_SPENT}: {error}", param="messages") from None
         return tokens
 
     def close(self) -> None:

@@ -70,6 +70,8 @@ def make_run(root: Path, steps: int, per_step: int, tokens: int, per_prompt: int
         "seed": 0,
         "num_steps": steps,
         "model": {"hf_path": str(root / "model"), "init_from": ""},
+        "batch": {"max_tokens_per_microbatch": 8192, "overlong": "refuse"},
+        "parallel": {"cp": 1},
         "rollout": OmegaConf.to_container(OmegaConf.structured(rollout)),
         "data": {
             "task": "made_up_answers.NothingEnvironment",

@@ -10,6 +10,7 @@ from rollout.agents import AgentTask, PolicyEngine, find_generate
 from rollout.client import EngineFailure, EngineRefusal
 from rollout.config import SamplingConfig
 from rollout.generate import Episode, Generator
+from rollout.prompt_bound import PromptBound
 from rollout.rewards import REWARDS
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample, Status
@@ -129,6 +130,12 @@ async def replies_right(sample, task):
 def test_rewards_see_the_recorded_replies(chat):
     samples = run(chat, with_sub_agents, count=1, reward=replies_right)
     assert [sample.reward for sample in samples] == [1.0, 0.0, 0.0]
+
+
+def test_a_programs_own_prompts_are_bounded_too(chat):
+    bound = PromptBound(max_tokens=2, reason="more than 2")
+    (sample,) = run(chat, with_sub_agents, count=1, prompts=bound)
+    assert sample.metadata["error"] == "generate: ValueError: a prompt of 3 tokens, more than 2"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from rollout.client import EngineClient, Generation
 from rollout.config import AgentConfig, EngineConfig, SamplingConfig
 from rollout.environments.calculator import CalculatorEnvironment
 from rollout.generate import Episode, Generator
+from rollout.prompt_bound import PromptBound
 from rollout.rewards import REWARDS
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
@@ -82,10 +83,11 @@ def converse(
     work: Callable[[Talk], Awaitable[None]],
     answer: Callable[[str], str] = lambda text: text[-2:],
     max_new_tokens: int = 60,
+    prompts: PromptBound | None = None,
 ) -> None:
     async def main() -> None:
         scripted = ScriptedClient(chat, answer)
-        engine = PolicyEngine(scripted, chat, episode_seed=7, version=0)
+        engine = PolicyEngine(scripted, chat, episode_seed=7, version=0, prompts=prompts)
         task = AgentTask(environment=EchoEnvironment(seed=0), group_id=3, index=1, seed=7)
         async with new_endpoint() as endpoint:
             sampling = SamplingConfig(max_new_tokens=max_new_tokens)
@@ -281,6 +283,19 @@ def test_a_spent_budget_says_so(chat):
         assert (sample.status, sample.response_length) == (Status.TRUNCATED, 60)
 
     converse(chat, work, lambda text: "7" * 100)
+
+
+def test_a_conversation_that_begins_too_long_is_refused_before_it_is_sampled_from(chat):
+    async def work(talk: Talk) -> None:
+        with pytest.raises(openai.BadRequestError, match="a prompt of 12 tokens, more than") as why:
+            await talk.say("q" + "7" * 10)
+        assert why.value.code == "context_length_exceeded"
+        assert not talk.scripted.calls
+        await talk.say("q" + "7" * 9)
+        assert len(talk.session.samples(0.0)) == 1
+
+    bound = PromptBound(max_tokens=11, reason="more than 11")
+    converse(chat, work, prompts=bound)
 
 
 async def lazy(call: AgentCall) -> None:

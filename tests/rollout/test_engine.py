@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from rollout.client import EngineClient, EngineFailure, Generation
+from rollout.client import EngineClient, EngineFailure, EngineRefusal, Generation
 from rollout.config import EngineConfig, SamplingConfig
 from rollout.journal import list_steps, read_step
 from rollout.main import main
@@ -84,14 +84,18 @@ def test_seeds_decide_the_samples_of_a_group(engine):
     asyncio.run(main())
 
 
+LONG = [1] * 10_000
+
+
 def test_the_engine_refuses_what_it_must(engine):
     async def main() -> None:
         async with EngineClient([engine.url], "wrong key", EngineConfig()) as client:
             with pytest.raises(EngineFailure, match=r"status 401"):
                 await client.generate([[1]], SamplingConfig(), [0])
         async with EngineClient([engine.url], API_KEY, EngineConfig()) as client:
-            with pytest.raises(EngineFailure, match=r"1000[0-9] tokens|length"):
-                await client.generate([[1] * 10_000], SamplingConfig(), [0])
+            for prompts in ([LONG], [[1], LONG]):
+                with pytest.raises(EngineRefusal, match=r"1000[0-9] tokens|length"):
+                    await client.generate(prompts, SamplingConfig(), [0] * len(prompts))
 
     asyncio.run(main())
     # What everybody may read of a process must not hold the key.
@@ -116,7 +120,8 @@ def make_run(path: Path, engine: EngineProcess, model: Path, **changes) -> RunDi
             "engine": {"urls": [engine.url], "api_key": API_KEY, "max_retries": 1},
         },
         "data": {"task": "sort", "eval_num_prompts": 20},
-        "parallel": {"dp": 2},
+        "parallel": {"dp": 2, "cp": 1},
+        "batch": {"max_tokens_per_microbatch": 8192, "overlong": "refuse"},
     }
     run_dir = RunDir(path)
     run_dir.create()

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from rollout.bounds import turn
-from rollout.client import EngineFailure, Generation
-from rollout.config import SamplingConfig
-from rollout.environments.base import EnvironmentStep
+from rollout.client import EngineFailure, EngineRefusal, Generation
+from rollout.config import RolloutBatch, SamplingConfig
+from rollout.environments.base import EnvironmentStep, Message
 from rollout.generate import Episode, Generator
 from rollout.greedy import run_with_baseline
+from rollout.prompt_bound import bound_prompts
 from rollout.rewards import REWARDS, Reward, Task
 from rollout.rewards.weighted import RewardTerm, weighted
 from rollout.tokens import Chat
@@ -24,8 +25,8 @@ def last_question(text: str) -> str:
 def run(
     chat: Chat, environments: list[EchoEnvironment], **changes
 ) -> tuple[list[Sample], ScriptedClient]:
-    answer = changes.pop("answer", last_question)
-    client = ScriptedClient(chat, answer, changes.pop("engine_version", 0))
+    answer, version = changes.pop("answer", last_question), changes.pop("engine_version", 0)
+    client = changes.pop("client", None) or ScriptedClient(chat, answer, version)
     version = changes.pop("version", 0)
     settings = {
         "client": client,
@@ -105,6 +106,67 @@ def test_what_leaves_no_room_for_an_answer_ends_the_episode_before_it(chat, leng
     assert sample.loss_mask.tolist() == kept
     assert sample.reward == 1.0, "what the first turn earned"
     assert len(client.calls) == (2 if length == 12 else 1)
+
+
+class LongPrompt(EchoEnvironment):
+    """Begins with so many characters, tokens of the tiny model."""
+
+    length = 16
+
+    async def initial_messages(self) -> list[Message]:
+        return [{"role": "user", "content": "7" * self.length}]
+
+
+class SmallClient(ScriptedClient):
+    """An engine that takes requests up to so many tokens."""
+
+    context = 17
+
+    async def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int], **named
+    ) -> list[Generation]:
+        if max(map(len, prompts)) > self.context:
+            raise EngineRefusal(f"status 400: {max(map(len, prompts))} tokens are too many")
+        return await super().generate(prompts, sampling, seeds, **named)
+
+
+def test_a_prompt_beyond_the_trainers_budget_is_never_sampled_from(chat):
+    """16 characters and a <bos> are 17 tokens; of 32 a response of 16 leaves 16."""
+    for budget, overlong, fits in (
+        *((33, "refuse", True), (32, "refuse", False)),
+        *((18, "truncate", True), (17, "truncate", False)),
+    ):
+        batch = RolloutBatch(max_tokens_per_microbatch=budget, overlong=overlong)
+        environments = [EchoEnvironment(seed=0, num_turns=1), LongPrompt(seed=0, num_turns=1)]
+        prompts = bound_prompts(batch, cp=1, max_new_tokens=16)
+        (good, long), client = run(chat, environments, prompts=prompts)
+        assert good.reward == 1.0
+        assert (long.status is not Status.FAILED) == fits
+        assert client.calls == [[100, 101][: 1 + fits]]
+        if not fits:
+            said = long.metadata["error"]
+            assert said.startswith("prompt: ValueError: a prompt of 17 tokens, more than the 16 ")
+            assert f"batch.max_tokens_per_microbatch={budget}" in said
+            assert not long.loss_mask.any()
+
+
+def test_sequences_are_counted_as_they_are_padded():
+    batch = RolloutBatch(max_tokens_per_microbatch=103, overlong="refuse")
+    assert bound_prompts(batch, cp=4, max_new_tokens=16).max_tokens == 96 - 16
+
+
+def test_what_the_engine_does_not_take_costs_its_own_sample_only(chat):
+    environments = [EchoEnvironment(seed=0), LongPrompt(seed=0), EchoEnvironment(seed=0)]
+    environments[1].length = 17
+    client = SmallClient(chat, last_question)
+    first, long, last = run(chat, environments, client=client)[0]
+    assert (first.reward, last.reward) == (2.0, 2.0)
+    assert long.status is Status.FAILED
+    assert long.metadata["error"] == "prompt: status 400: 18 tokens are too many"
+    talkative = WordyEnvironment(seed=0)
+    talkative.length = 12  # 17 tokens fit no more
+    (sample,) = run(chat, [talkative], client=client)[0]
+    assert sample.metadata["error"] == "turn 1: status 400: 18 tokens are too many"
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,10 @@ def test_a_rollout_process_that_waits_for_its_engines_ends_when_told_to(
     run_dir.create()
     config = {"mode": "train", "seed": 0, "num_steps": 1, "data": {}}
     config["model"] = {"hf_path": str(tiny_model_dir), "init_from": ""}
+    config |= {
+        "batch": {"max_tokens_per_microbatch": 8192, "overlong": "refuse"},
+        "parallel": {"cp": 1},
+    }
     config["rollout"] = {"engine": {"start_timeout_s": 20.0}}
     run_dir.config.write_text(json.dumps(config))
     looks = iter([signal.SIGTERM])

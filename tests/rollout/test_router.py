@@ -55,6 +55,8 @@ def router(engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> I
         **{"mode": "train", "seed": 0, "num_steps": 1, "data": {}},
         "model": {"hf_path": "", "init_from": ""},
         "rollout": {"engine": engine_section},
+        "batch": {"max_tokens_per_microbatch": 8192, "overlong": "refuse"},
+        "parallel": {"cp": 1},
     }
     run_dir.config.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "rollout.server.router", "--run-dir", str(run_dir.path)]

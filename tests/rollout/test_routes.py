@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from framework.overlong import shorten_sample
-from rollout.generate import failed_sample
+from rollout.boundary import failed_sample
 from rollout.routes import read_routes
 from rollout.tokens import Transcript
 from rollout.types import Sample

@@ -11,9 +11,9 @@ import pytest
 from framework.overlong import shorten_sample
 from framework.tiny_model import _tokenizer
 from rollout.batch import make_batch
+from rollout.boundary import failed_sample
 from rollout.client import EngineClient, EngineFailure
 from rollout.config import EngineConfig, RolloutConfig
-from rollout.generate import failed_sample
 from rollout.journal import read_step, write_step
 from rollout.run_dir import RunDir
 from rollout.side_models import SideModels

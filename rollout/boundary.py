@@ -1,0 +1,62 @@
+"""Where other people's code begins: whatever goes wrong there is one episode's, with its reason."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from rollout.environments.base import ROLES, Message, is_message
+from rollout.types import Sample, Status
+
+
+class EpisodeError(Exception):
+    """Environment or reward failed, or nobody can answer; the message says how."""
+
+
+@contextlib.contextmanager
+def boundary(what: str) -> Iterator[None]:
+    """Around foreign code and the use of what it gave: all that goes wrong is an EpisodeError.
+
+    sys.exit() of an environment is its own end, not ours. A CancelledError that nobody sent us is
+    its own as well: it would end our task without a word, and its group would never come.
+    """
+    try:
+        yield
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+            raise
+        raise EpisodeError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def check_messages(messages: Iterable[Message]) -> None:
+    """ValueError where a template would render something else than was meant."""
+    for message in messages:
+        if not is_message(message):
+            raise ValueError(
+                f"message {message!r}: role ({', '.join(ROLES)}) and content, a text, are wanted"
+            )
+
+
+def failed_sample(sample: Sample, reason: str) -> Sample:
+    """The sample as one that trains nothing and says why."""
+    return replace(
+        sample,
+        status=Status.FAILED,
+        metadata={"error": reason},
+        reward=0.0,
+        rewards={},
+        loss_mask=np.zeros_like(sample.loss_mask),
+        rollout_logprobs=np.zeros_like(sample.rollout_logprobs),
+        versions=np.full_like(sample.versions, -1),
+        teacher_logprobs=_zeros(sample.teacher_logprobs),
+        teacher_top_ids=_zeros(sample.teacher_top_ids),
+        teacher_top_logprobs=_zeros(sample.teacher_top_logprobs),
+        routes=None,
+    )
+
+
+def _zeros(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else np.zeros_like(values)
