@@ -10,15 +10,22 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
 import msgspec
-import numpy as np
 
 from rollout.config import EngineConfig, SamplingConfig
-from rollout.reply_numbers import Logprob, TokenId
+from rollout.engine_reply import (
+    ROUTE_BYTES,
+    SEQUENCE_BYTES,
+    TOKEN_BYTES,
+    Finish,
+    Generation,
+    decode_replies,
+    read_bounded,
+    read_generation,
+)
 from rollout.routes import read_routes
 
 T = TypeVar("T")
@@ -35,55 +42,6 @@ class EngineFailure(RuntimeError):
 
 class EngineRefusal(EngineFailure):
     """An engine does not take this request, whoever asks again: too long, or not well formed."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Generation:
-    """One sampled continuation of R tokens, its end token included."""
-
-    token_ids: np.ndarray
-    """[R] int32."""
-    logprobs: np.ndarray
-    """[R] float32, at the sampling temperature."""
-    versions: np.ndarray
-    """[R] int32: policy version of each token."""
-    finish: str
-    """stop | length"""
-    end_token: bool
-    """The last token is an end-of-sequence or stop token, no part of the text."""
-    routes: np.ndarray | None = None
-    """[N, layers * k]: of the N last tokens before the very last one, as were asked for."""
-
-
-class Finish(msgspec.Struct):
-    """How a request ended, in SGLang's words."""
-
-    type: str
-    matched: int | str | list[int] | None = None
-    message: str | None = None
-    status_code: int | None = None
-
-
-class _Span(msgspec.Struct):
-    version: str
-    start: int
-    end: int
-
-
-class _Meta(msgspec.Struct):
-    finish_reason: Finish
-    output_token_logprobs: list[tuple[Logprob, TokenId, str | None]]
-    weight_version: str
-    weight_versions: list[_Span] | None = None
-    routed_experts: str | None = None
-
-
-class _Reply(msgspec.Struct):
-    output_ids: list[TokenId]
-    meta_info: _Meta
-
-
-_decode_replies = msgspec.json.Decoder(list[_Reply]).decode
 
 
 class _Retry(Exception):
@@ -174,12 +132,12 @@ class EngineClient:
             body |= {"return_routed_experts": True, "routed_experts_start_len": routes_from}
 
         def read(url: str, data: bytes) -> list[Generation]:
-            replies = _decode_replies(data)
+            replies = decode_replies(data)
             if len(replies) != len(prompts):
                 raise ValueError(f"{len(replies)} replies to {len(prompts)} prompts")
             for reply in replies:
                 check_not_aborted(url, reply.meta_info.finish_reason)
-            found = [_generation(reply, sampling.max_new_tokens) for reply in replies]
+            found = [read_generation(reply, sampling.max_new_tokens) for reply in replies]
             if routes_from is not None:
                 for prompt, reply, generation in zip(prompts, replies, found, strict=True):
                     computed = len(prompt) + len(generation.token_ids) - 1
@@ -188,12 +146,20 @@ class EngineClient:
                     )
             return found
 
-        return await self.request(body, read)
+        new = sampling.max_new_tokens
+        max_bytes = len(prompts) * (SEQUENCE_BYTES + new * TOKEN_BYTES)
+        if routes_from is not None:
+            computed = sum(len(prompt) + new - routes_from for prompt in prompts)
+            max_bytes += computed * ROUTE_BYTES
+        return await self.request(body, read, max_bytes)
 
-    async def request(self, body: dict, read: Callable[[str, bytes], list[T]]) -> list[T]:
+    async def request(
+        self, body: dict, read: Callable[[str, bytes], list[T]], max_bytes: int
+    ) -> list[T]:
         """What /generate answers to a list of input_ids, tried until its bounds are used up.
 
         Args:
+            max_bytes: of a reply; one that is larger is refused and read no further.
             read: (url, reply) -> one for each; ValueError or DecodeError: the reply is refused.
         """
         reasons: list[str] = []
@@ -206,7 +172,7 @@ class EngineClient:
                         backoff = _BACKOFF_S * 2 ** (min(len(reasons), 9) - 1)
                         await asyncio.sleep(min(_MAX_BACKOFF_S, backoff))
                     try:
-                        return await self._attempt(body, read, tried)
+                        return await self._attempt(body, read, max_bytes, tried)
                     except _Retry as error:
                         reasons.append(str(error))
                         # One that is lost comes back, or its launcher ends the run.
@@ -218,7 +184,11 @@ class EngineClient:
         raise EngineFailure(f"{self._what} failed after {len(reasons)} attempts: {reasons[-1]}")
 
     async def _attempt(
-        self, body: dict, read: Callable[[str, bytes], list[T]], tried: set[str]
+        self,
+        body: dict,
+        read: Callable[[str, bytes], list[T]],
+        max_bytes: int,
+        tried: set[str],
     ) -> list[T]:
         self._look_for_lost(bool(tried))
         if not self._in_flight:
@@ -229,14 +199,13 @@ class EngineClient:
         num_sequences = len(body["input_ids"])
         self._in_flight[url] += num_sequences
         try:
-            data = await self._post(url, body)
-        finally:
-            if url in self._in_flight:
-                self._in_flight[url] -= num_sequences
-        try:
+            data = await self._post(url, body, max_bytes)
             return read(url, data)
         except (msgspec.DecodeError, ValueError) as error:
             raise EngineFailure(f"{url}: the engine's reply is refused: {error}") from error
+        finally:
+            if url in self._in_flight:
+                self._in_flight[url] -= num_sequences
 
     def _look_for_lost(self, is_retry: bool) -> None:
         """Take in engines that were started again, drop those that are gone."""
@@ -248,11 +217,11 @@ class EngineClient:
         now = [url.rstrip("/") for url in self._find_urls()]
         self._in_flight = {url: self._in_flight.get(url, 0) for url in now}
 
-    async def _post(self, url: str, body: dict) -> bytes:
+    async def _post(self, url: str, body: dict, max_bytes: int) -> bytes:
         assert self._session is not None, "use `async with EngineClient(...)`"
         try:
             async with self._session.post(f"{url}/generate", json=body) as reply:
-                data = await reply.read()
+                data = await read_bounded(reply, max_bytes)
         except (aiohttp.ClientError, ConnectionError) as error:
             raise _Lost(f"{url}: {type(error).__name__}: {error}") from error
         if reply.status >= 500:
@@ -288,48 +257,6 @@ def check_not_aborted(url: str, finish: Finish) -> None:
     if finish.status_code is not None and 400 <= finish.status_code < 500:
         raise EngineRefusal(f"{url}: the engine refuses the request: {finish.message}")
     raise _Retry(f"{url}: the engine aborted the request: {finish.message}")
-
-
-def _generation(reply: _Reply, max_new_tokens: int) -> Generation:
-    """Check one reply and bring it into arrays; ValueError says what does not fit."""
-    meta = reply.meta_info
-    tokens = reply.output_ids
-    finish = meta.finish_reason
-    if finish.type not in ("stop", "length"):
-        raise ValueError(f"finish_reason is {finish.type!r}, not stop or length")
-    if not 1 <= len(tokens) <= max_new_tokens:
-        raise ValueError(f"{len(tokens)} tokens where 1 to {max_new_tokens} were asked for")
-    if [entry[1] for entry in meta.output_token_logprobs] != tokens:
-        raise ValueError(f"the log-probs are not those of the {len(tokens)} output_ids")
-    logprobs = [entry[0] for entry in meta.output_token_logprobs]
-    if not all(math.isfinite(value) and value <= 0 for value in logprobs):
-        raise ValueError("a log-prob is not a finite number <= 0")
-    return Generation(
-        token_ids=np.array(tokens, dtype=np.int32),
-        logprobs=np.array(logprobs, dtype=np.float32),
-        versions=_versions(meta, len(tokens)),
-        finish=finish.type,
-        end_token=isinstance(finish.matched, int) and finish.matched == tokens[-1],
-    )
-
-
-def _versions(meta: _Meta, num_tokens: int) -> np.ndarray:
-    """[R] int32 from the engine's spans, which must cover every token once."""
-    spans = meta.weight_versions or [_Span(version=meta.weight_version, start=0, end=num_tokens)]
-    versions = np.empty(num_tokens, dtype=np.int32)
-    position = 0
-    for span in spans:
-        if span.start != position or span.end <= span.start:
-            raise ValueError(f"weight_versions do not cover the tokens: {spans}")
-        if not (span.version.isdecimal() and len(span.version) < 10):  # fits int32
-            raise ValueError(
-                f"weight_version is {span.version[:30]!r}, not a number of at most 9 digits"
-            )
-        versions[span.start : span.end] = int(span.version)
-        position = span.end
-    if position != num_tokens:
-        raise ValueError(f"weight_versions cover {position} of {num_tokens} tokens")
-    return versions
 
 
 def _one_line(data: bytes) -> str:

@@ -11,8 +11,9 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from rollout.client import EngineClient, Finish, check_not_aborted
+from rollout.client import EngineClient, check_not_aborted
 from rollout.config import RolloutConfig
+from rollout.engine_reply import SCORED_BYTES, SEQUENCE_BYTES, Finish
 from rollout.reply_numbers import Logprob, TokenId
 from rollout.side_models import SideModels
 from rollout.teacher_tokenizer import check_tokenizer
@@ -120,7 +121,9 @@ class Teacher:
                 for sample, reply in zip(samples, replies, strict=True)
             ]
 
-        return await self._client.request(body, read)
+        told = sum(len(sample.tokens) for sample in samples) * (1 + self._top_k)
+        max_bytes = len(samples) * SEQUENCE_BYTES + told * SCORED_BYTES
+        return await self._client.request(body, read, max_bytes)
 
 
 def _zeros(sample: Sample, k: int) -> dict[str, np.ndarray]:

@@ -120,6 +120,32 @@ def test_rubbish_is_refused_at_once_with_the_reason(body, reason):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (200, "the engine's reply is refused: more than the 135168 bytes that what was asked for"),
+        (500, "status 500: aaaa"),
+        (400, "status 400: aaaa"),
+    ],
+)
+def test_a_reply_without_end_is_read_up_to_a_bound(status, said):
+    """Two prompts of at most 4 tokens each: 2 * (64 Ki + 4 * 512) bytes."""
+    sent = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        reply = web.StreamResponse(status=status)
+        await reply.prepare(request)
+        while True:
+            await reply.write(b"a" * (1 << 16))
+            sent += 1 << 16
+
+    with pytest.raises(EngineFailure, match=said) as error:
+        ask(endless, num_prompts=2, max_retries=0, request_timeout_s=30.0)
+    assert "no answer within" not in str(error.value)
+    assert sent < 20 << 20, "beyond what sockets hold, somebody went on reading"
+
+
 def test_a_refused_request_is_not_repeated():
     with pytest.raises(EngineFailure, match=r"status 400: too long"):
         ask(reply_with("too long", 400), max_retries=50)
