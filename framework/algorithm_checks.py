@@ -51,6 +51,12 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
     low, high = (algorithm.correction_args.get(name, 0) for name in ("low", "high"))
     if all(isinstance(value, int | float) for value in (low, high)) and 0 < high < low:
         yield f"algorithm.correction_args.low={low}: above algorithm.correction_args.high={high}"
+    low, high = (algorithm.loss_args.get(f"covariance_{name}", 0) for name in ("low", "high"))
+    if all(_is_number(value) for value in (low, high)) and 0 < high <= low:
+        yield (
+            f"algorithm.loss_args.covariance_low={low}: must be below "
+            f"algorithm.loss_args.covariance_high={high}, or no token is chosen"
+        )
     if config.mode != "eval" and config.stage != "sft":
         yield from _reference(config)
     if config.stage != "rl" or config.mode == "eval":
@@ -198,6 +204,10 @@ def _problem(name: str, type_text: str, value: Any) -> str | None:
             return "must be greater than 0: a group of equal rewards has no spread to divide by"
         if name in ("beta", "share") and value == 0:
             return "must be greater than 0"
+        if name.startswith("temperature_") and value == 0:
+            return "must be greater than 0: the gate divides by it"
+        if name == "dual_clip" and 0 < value <= 1:
+            return "must be above 1 (0: off): it bounds the loss of a ratio beyond 1"
         if name in ("share", "teacher_share") and value > 1:
             return "a share is at most 1"
         if name == "label_smoothing" and value >= 0.5:

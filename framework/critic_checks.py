@@ -21,7 +21,7 @@ def uses_critic(config: RunConfig) -> bool:
 def critic_errors(config: RunConfig) -> Iterator[str]:
     """One line for everything that is set for nobody or cannot work."""
     critic, name = config.critic, config.algorithm.advantage
-    if credits_tokens(config):
+    if config.stage == "rl":
         for key in ("gamma", "lam", "turn_gamma"):
             value = config.algorithm.advantage_args.get(key, 0)
             if isinstance(value, int | float) and value > 1:
@@ -59,6 +59,6 @@ def reward_kl_errors(config: RunConfig) -> Iterator[str]:
         )
     if algorithm.advantage not in (able := flagged_advantages("token_rewards")):
         yield (
-            f"{key}: algorithm.advantage={algorithm.advantage} knows rewards of whole answers; "
+            f"{key}: algorithm.advantage={algorithm.advantage} knows no rewards of single tokens; "
             f"one of {', '.join(able)}, or algorithm.kl_coef"
         )

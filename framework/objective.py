@@ -97,6 +97,7 @@ class Objective:
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """The loss of each token, corrected, with KL and entropy terms; [T] unreduced."""
+        inputs = _written(inputs)
         log_ratio = (inputs.old_logprobs - inputs.rollout_logprobs).detach()
         if self.proximal is not None:
             inputs = replace(inputs, old_logprobs=self.proximal(inputs))
@@ -114,6 +115,26 @@ class Objective:
         if self.entropy_coef:
             value = value - self.entropy_coef * inputs.entropy
         return LossOutput(loss=value, metrics=metrics)
+
+
+def _written(inputs: LossInputs) -> LossInputs:
+    """0 for every log-prob of a token that the policy did not write.
+
+    Their weight is 0 anyway, but nobody trains them: the policy may have left the reference so far
+    at a prompt's token that exp of the difference is infinite, and 0 times that is no number.
+    """
+    written = inputs.loss_mask > 0
+
+    def kept(logprobs: torch.Tensor) -> torch.Tensor:
+        return torch.where(written, logprobs, 0.0)
+
+    return replace(
+        inputs,
+        policy_logprobs=kept(inputs.policy_logprobs),
+        old_logprobs=kept(inputs.old_logprobs),
+        rollout_logprobs=kept(inputs.rollout_logprobs),
+        ref_logprobs=None if inputs.ref_logprobs is None else kept(inputs.ref_logprobs),
+    )
 
 
 def scored_tokens(sample: Sample) -> ScoredTokens:

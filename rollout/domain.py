@@ -17,7 +17,12 @@ from rollout.generate import Episode, Generator
 from rollout.greedy import run_with_baseline
 from rollout.mixture import DomainSettings, domain_seed, read_domains
 from rollout.prompt_bound import bound_prompts
-from rollout.rewards import make_eval_reward, make_reward, punish_overlong
+from rollout.rewards import (
+    environment_weight,
+    make_eval_reward,
+    make_reward,
+    punish_overlong,
+)
 from rollout.rewards.endpoint import FindSideModel
 from rollout.seeds import derive_seed
 from rollout.teacher import Teacher
@@ -124,6 +129,7 @@ async def open_tasks(
                 chat=chat,
                 sampling=sampling,
                 reward=make_reward(data, find),
+                environment_weight=environment_weight(data),
                 timeout_s=data.timeout_s,
                 play=play,
                 episode_timeout_s=data.episode_timeout_s,

@@ -85,6 +85,8 @@ class Generator:
     """Samples carry the experts that the engine chose."""
     prompts: PromptBound | None = None
     """The longest that can be trained on; None: nothing is trained."""
+    environment_weight: float = 1.0
+    """Of what the environment pays for a turn, in the reward."""
 
     async def run(self, episodes: list[Episode], version: int) -> list[Sample]:
         """Samples of the episodes, in order; with `play` of an episode one or several.
@@ -171,6 +173,7 @@ class Generator:
         with boundary("reward"):
             sample.reward = float(reward.value)
             sample.rewards = {str(k): float(v) for k, v in reward.components.items()}
+            sample.turn_rewards = [self.environment_weight * each for each in sample.turn_rewards]
         for name, value in {"reward": sample.reward, **sample.rewards}.items():
             if not np.isfinite(value):
                 raise EpisodeError(f"{name} is {value}")

@@ -47,7 +47,8 @@ class Sample:
     """[turns]: what the policy faced before each of its turns; equal in a group: the same. Empty:
     nobody said."""
     turn_rewards: list[float] = field(default_factory=list)
-    """[turns]: what the environment paid for each, as long as turn_states."""
+    """[turns]: what the environment paid for each, as far as it is part of `reward`; as long as
+    turn_states."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Components by name."""
     baseline_reward: float | None = None

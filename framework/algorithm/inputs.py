@@ -15,7 +15,7 @@ class Turns:
     states: list[str]
     """What the policy faced; equal in a group: the same."""
     rewards: list[float]
-    """What the environment paid for each."""
+    """The part of the reward that the environment paid for each."""
 
 
 @dataclass(frozen=True, kw_only=True)

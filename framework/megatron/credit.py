@@ -2,6 +2,9 @@
 
     rewards [- coefficient x (old - ref log-probs)], a critic's values -> advantages, returns
 
+What the environment paid for a turn is earned by that turn's last token, what a sample's reward
+holds beyond it (all of it, where nobody tells turns) by the last token of the policy.
+
 Every rank handles its own samples; sums over the step are all that ranks exchange.
 """
 
@@ -83,11 +86,11 @@ class TokenCredit:
             divisor = self.scale.std
         if self.mesh.is_last_stage:
             for batch in mine:
-                self._credit(batch, [samples[i].reward / divisor for i in batch.samples])
+                self._credit(batch, [samples[i].reward for i in batch.samples], divisor)
         figures = self._finish(mine, max(1, len(answers)))
         return figures if self.scale is None else figures | {"train/reward_scale": divisor}
 
-    def _credit(self, batch: Microbatch, rewards: Sequence[float]) -> None:
+    def _credit(self, batch: Microbatch, rewards: Sequence[float], divisor: float) -> None:
         """Advantages and returns of whole samples, of which context parallelism holds parts."""
         starts = batch.packed_seq_params.cu_seqlens_q
         assert starts is not None
@@ -97,18 +100,22 @@ class TokenCredit:
         zeros = torch.zeros_like(batch.loss_mask)
         estimates = zeros if batch.values is None else batch.values
         penalties = zeros if self.kl is None else self.kl.coefficient * _divergence(batch)
-        columns = torch.stack([estimates, batch.loss_mask, batch.turn_ends, penalties])
+        columns = torch.stack(
+            [estimates, batch.loss_mask, batch.turn_ends, batch.turn_rewards, penalties]
+        )
         whole = columns.new_zeros((len(columns), int(starts[-1])))
         whole[:, places] = columns
-        values, mask, turn_ends, penalties = self.mesh.sum_over_cp(whole)
+        values, mask, turn_ends, paid, penalties = self.mesh.sum_over_cp(whole)
         count = batch.num_sequences
         ids = torch.arange(count, device=mask.device).repeat_interleave(starts.diff())
         tokens = TokenRows(mask, ids, count)
         earned = torch.zeros(count, dtype=torch.float64, device=mask.device)
         earned[: len(rewards)] = torch.tensor(rewards, dtype=torch.float64)
+        turn_rewards = tokens.rows(paid)
+        rest = tokens.last(earned - turn_rewards.sum(1))
         rows = ValuedTokens(
             values=tokens.rows(values),
-            rewards=tokens.last(earned) - tokens.rows(penalties),
+            rewards=(turn_rewards + rest) / divisor - tokens.rows(penalties),
             mask=tokens.rows(mask),
             turn_ends=tokens.rows(turn_ends),
         )

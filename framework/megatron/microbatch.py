@@ -27,6 +27,7 @@ REAL_COLUMNS = (
     "staleness",
     "is_last",
     "turn_ends",
+    "turn_rewards",
 )
 """float32."""
 TEACHER_COLUMNS = ("teacher_ids", "teacher_logprobs")
@@ -63,6 +64,8 @@ class Microbatch:
     """[T] float32: 1 at the last token of a sequence."""
     turn_ends: torch.Tensor
     """[T] float32: 1 where the label is the last token of one of the policy's turns."""
+    turn_rewards: torch.Tensor
+    """[T] float32: there, what the environment paid for the turn, where the sample says so."""
     packed_seq_params: PackedSeqParams
     old_logprobs: torch.Tensor | None = None
     """[T] float32, on ranks of the last stage once computed."""
@@ -174,6 +177,7 @@ def _sequence(
     mask = torch.from_numpy(sample.loss_mask.astype("float32"))
     is_last = torch.zeros(length)
     is_last[-1] = 1
+    ends, paid = _turns(sample)
     return {
         "tokens": tokens,
         "labels": labels,
@@ -182,7 +186,8 @@ def _sequence(
         "advantages": predicted(advantages * mask),
         "is_last": is_last,
         "staleness": predicted((step - torch.from_numpy(sample.versions.copy())) * mask),
-        "turn_ends": predicted(torch.from_numpy(_turn_ends(sample))),
+        "turn_ends": predicted(torch.from_numpy(ends)),
+        "turn_rewards": predicted(torch.from_numpy(paid)),
         "rollout_logprobs": predicted(torch.from_numpy(sample.rollout_logprobs.copy()) * mask),
     }
 
@@ -210,10 +215,14 @@ def teacher_columns(sample: Sample, k: int) -> dict[str, torch.Tensor]:
     return columns
 
 
-def _turn_ends(sample: Sample) -> np.ndarray:
-    """[R] float32: 1 at the last token of each of the policy's turns."""
-    ends = np.zeros(sample.response_length, dtype=np.float32)
+def _turns(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """[R] float32 each: 1 at the last token of each of the policy's turns, and its reward there."""
+    ends, paid = np.zeros((2, sample.response_length), dtype=np.float32)
     written = sample.loss_mask.nonzero()[0]
     turns = np.searchsorted(sample.turn_starts, written, side="right")
-    ends[written[np.append(turns[1:] != turns[:-1], True)[: len(written)]]] = 1
-    return ends
+    last = np.append(turns[1:] != turns[:-1], True)[: len(written)]
+    ends[written[last]] = 1
+    if sample.turn_rewards:
+        rewards = np.array([0.0, *sample.turn_rewards], dtype=np.float32)
+        paid[written[last]] = rewards[turns[last]]
+    return ends, paid

@@ -20,6 +20,7 @@ __all__ = [
     "Reward",
     "RewardFunction",
     "Task",
+    "environment_weight",
     "find_reward",
     "kinds_of",
     "make_eval_reward",
@@ -87,6 +88,15 @@ def make_reward(data: DataConfig, find: FindSideModel | None = None) -> RewardFu
             raise ValueError(f"data.rewards.{name}, kind={term.kind}: {error}") from error
         terms[name] = (term, reward)
     return weighted(terms)
+
+
+def environment_weight(data: DataConfig) -> float:
+    """How much of what the environment pays for a turn is part of the run's reward: where another
+    reward takes its place, nothing."""
+    if not data.rewards:
+        return float(data.reward == "environment")
+    terms = read_terms(data.rewards).values()
+    return sum(term.weight for term in terms if term.kind == "environment")
 
 
 def make_eval_reward(data: DataConfig) -> RewardFunction | None:

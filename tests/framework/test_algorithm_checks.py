@@ -45,6 +45,16 @@ BROKEN = [
     ),
     (["algorithm=tis", "algorithm.old_logprobs=engine"], "algorithm.correction=token: with algo"),
     (["algorithm.old_logprobs=proximal"], "algorithm.old_logprobs=proximal: must be one of"),
+    (["algorithm=ppo", "algorithm.loss_args.dual_clip=1"], "dual_clip=1: must be above 1 (0: off)"),
+    (
+        ["algorithm=sapo", "algorithm.loss_args.temperature_positive=0"],
+        "must be greater than 0: th",
+    ),
+    (
+        ["algorithm=clip_cov", "algorithm.loss_args.covariance_low=5"],
+        "covariance_low=5: must be below algorithm.loss_args.covariance_high=5.0",
+    ),
+    (["algorithm=gigpo", "algorithm.advantage_args.gamma=2"], "gamma=2: must be in [0, 1]"),
     (["algorithm=clip_cov", "algorithm.loss_args.share=0"], "share=0: must be greater than 0"),
     (["algorithm=kl_cov", "algorithm.loss_args.share=2"], "share=2: a share is at most 1"),
     (
@@ -108,11 +118,11 @@ BROKEN = [
     ),
     (
         ["algorithm.kl_reward_coef=0.1"],
-        "algorithm.advantage=group_normalized knows rewards of",
+        "algorithm.advantage=group_normalized knows no rewards of",
     ),
     (
         ["algorithm=bi_level_gae", "algorithm.kl_reward_coef=0.1"],
-        "algorithm.advantage=bi_level_gae knows rewards of whole answers; one of gae, discounted_r",
+        "=bi_level_gae knows no rewards of single tokens; one of gae, discounted_return",
     ),
     (["algorithm=ppo", "algorithm.kl_reward_target=6"], "algorithm.kl_reward_target=6: nothing to"),
     (["algorithm.kl_reward_horizon=0"], "algorithm.kl_reward_horizon=0"),

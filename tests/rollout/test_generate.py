@@ -74,6 +74,13 @@ def test_turns_of_the_environment_are_not_trained_on(chat):
     assert np.array_equal(again[0].tokens, sample.tokens)
 
 
+def test_turns_are_paid_what_the_reward_holds_of_it(chat):
+    """Where another reward takes the environment's place no turn has earned anything."""
+    for weight, paid in ((0.5, 0.5), (0.0, 0.0)):
+        (sample,), _ = run(chat, [EchoEnvironment(seed=0, num_turns=2)], environment_weight=weight)
+        assert sample.turn_rewards == [paid, paid]
+
+
 def test_the_token_budget_covers_all_turns(chat):
     sampling = SamplingConfig(max_new_tokens=7)
     (sample,), _ = run(chat, [EchoEnvironment(seed=0, num_turns=3)], sampling=sampling)

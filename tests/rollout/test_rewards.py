@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from rollout.config import DataConfig
-from rollout.rewards import Reward, Task, make_reward
+from rollout.rewards import Reward, Task, environment_weight, make_reward
 from tests.rollout.test_wire import make_sample
 
 TASK = Task(
@@ -105,6 +105,19 @@ def test_terms_are_weighted_and_told_apart():
     reward = score(rows)
     assert reward.value == 1.0
     assert reward.components == {"own": 0.5, "right": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weight"),
+    [
+        (data({}, reward="environment"), 1.0),
+        (data({}, reward="exact_match"), 0.0),
+        (data({"own": {"kind": "environment", "weight": 2.0}, "b": {"kind": "math"}}), 2.0),
+        (data({"b": {"kind": "math"}}), 0.0),
+    ],
+)
+def test_what_an_environment_pays_for_a_turn_counts_as_far_as_it_is_in_the_reward(settings, weight):
+    assert environment_weight(settings) == weight
 
 
 def test_a_scorer_over_http_is_asked_again_when_busy():

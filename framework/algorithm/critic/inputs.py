@@ -15,7 +15,8 @@ class ValuedTokens:
     values: torch.Tensor
     """The critic's estimate before the token was chosen."""
     rewards: torch.Tensor
-    """What the token earned; the sample's own reward is at its last policy token."""
+    """What the token earned: a turn's reward is at its last token, what the sample's holds beyond
+    its turns' at the last policy token of all."""
     mask: torch.Tensor
     """1 where there is a token."""
     turn_ends: torch.Tensor

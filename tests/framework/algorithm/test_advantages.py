@@ -1,6 +1,7 @@
 """Every estimator against values computed by hand, and the invariances users rely on."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 from framework.algorithm.advantages import ADVANTAGES
 from framework.algorithm.inputs import AdvantageInputs, Turns
+from framework.config import AlgorithmConfig, RunConfig
+from framework.objective import build_objective
+from rollout.types import SampleInfo, StepBatch
 
 
 def estimate(name, rewards, groups, tokens=None, *, baselines=None, components=None, **knobs):
@@ -117,37 +121,37 @@ def test_component_normalized_by_hand():
     assert found == pytest.approx([1, -1, 1, -1], abs=1e-4)
 
 
-def test_group_in_group_by_hand():
-    """Group 3: two answers that meet in state b, one of them twice; group 4 by itself."""
-    inputs = AdvantageInputs(
-        rewards=torch.tensor([1.0, 0.0, 0.5]),
-        group_ids=torch.tensor([3, 3, 4]),
-        response_lengths=[5, 6, 2],
-        num_loss_tokens=[3, 3, 1],
-        turns=[
-            Turns(starts=[0, 3], states=["a", "b"], rewards=[0.0, 1.0]),
-            Turns(starts=[0, 2, 4], states=["a", "b", "b"], rewards=[0.0, 0.25, -0.5]),
-            Turns(starts=[0], states=["b"], rewards=[0.5]),
-        ],
-    )
-    # Returns at gamma .5; answer 1 earned .25 beyond its turns' -.25, which its last turn gets.
-    first, second = [0.5, 1.0], [0.0625, 0.125, -0.25]
-    a = (0.5 + 0.0625) / 2
-    b = (1.0 + 0.125 - 0.25) / 3
-    knobs = {"gamma": 0.5, "step_weight": 2.0, "normalize": False}
-    found = ADVANTAGES["group_in_group"].bind(knobs)(inputs)
-    turn = [0.5 + 2 * (first[0] - a), 0.5 + 2 * (first[1] - b)]
-    assert found[0].tolist() == pytest.approx([*[turn[0]] * 3, *[turn[1]] * 2])
-    turn = [-0.5 + 2 * (value - mean) for value, mean in zip(second, (a, b, b), strict=True)]
-    assert found[1].tolist() == pytest.approx([value for value in turn for _ in "xx"])
-    assert found[2].tolist() == [0, 0]  # alone in its group
-    spread = math.sqrt(sum((value - b) ** 2 for value in (1.0, 0.125, -0.25)) / 2)
-    found = ADVANTAGES["group_in_group"].bind({"gamma": 0.5, "std_eps": 1e-12})(inputs)
-    assert found[0][4].item() == pytest.approx(math.sqrt(0.5) + (1.0 - b) / spread)
-    # Without turns that tell: only answers are compared.
-    plain = ADVANTAGES["group_in_group"].bind({"step_weight": 0.0, "std_eps": 1e-6})(inputs)
-    grpo = ADVANTAGES["group_normalized"].bind({})(inputs)
-    assert all(torch.equal(one, other) for one, other in zip(plain, grpo, strict=True))
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_samples_that_failed_or_are_empty_are_compared_with_nobody(name):
+    """They get zeros; the others get what they would without them."""
+    told = {"turn_starts": [0], "turn_states": ["s"], "turn_rewards": [0.0]}
+    whole = [
+        SampleInfo(
+            group_id=k // 2,
+            index=k % 2,
+            prompt_length=3,
+            response_length=length,
+            num_loss_tokens=length,
+            reward=reward,
+            version=0,
+            rewards={"a": reward},
+            baseline_reward=0.5,
+            **told,
+        )
+        for k, (length, reward) in enumerate([(1, 1.0), (4, 0.0), (2, 0.25), (1, 1.0)])
+    ]
+    failed = replace(whole[1], num_loss_tokens=0, reward=9.0, index=2, rewards={})
+    empty = replace(failed, response_length=0, index=3, group_id=1)
+    objective = build_objective(RunConfig(algorithm=AlgorithmConfig(advantage=name)))
+    batch = StepBatch(step=0, samples=[*whole[:2], failed, *whole[2:], empty], staleness_max=0)
+    found = objective.advantages(batch, {})
+    assert [each.tolist() for each in (found.pop(2), found.pop())] == [[0.0] * 4, []]
+    alone = objective.advantages(replace(batch, samples=whole), {})
+    assert [each.tolist() for each in found] == [each.tolist() for each in alone]
+    assert [len(each) for each in found] == [1, 4, 2, 1]
+    assert any(each.any() for each in found)
+    nothing = objective.advantages(replace(batch, samples=[failed, empty]), {})
+    assert [each.tolist() for each in nothing] == [[0.0] * 4, []]
 
 
 def test_what_an_estimator_needs_is_asked_for_by_name():
