@@ -109,6 +109,26 @@ def test_the_router_asks_for_the_key_and_knows_nothing_of_weights(router: RunDir
     assert router.log("router").stat().st_mode & 0o077 == 0
 
 
+def test_the_router_drops_what_asks_for_routes(engine: EngineProcess, router: RunDir):
+    """It writes every request anew from the fields that it knows, and these are none of them: why
+    rollout.engine.return_routes with a router is refused (framework/routing_checks.py). A request
+    that the engine itself does not take shows who has read it."""
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    body = {
+        "input_ids": [1, 9, 8, 7],
+        "sampling_params": {"max_new_tokens": 2},
+        "return_routed_experts": True,
+        "routed_experts_start_len": 5,  # beyond the prompt
+    }
+    finish = []
+    for url in (engine.url, str(router.read_address("router"))):
+        reply = httpx.post(f"{url}/generate", json=body, headers=headers, trust_env=False)
+        told = reply.json()
+        finish.append(told["meta_info"]["finish_reason"]["type"] if reply.is_success else told)
+    assert "routed_experts_start_len" in str(finish[0])
+    assert finish[1] in ("stop", "length")
+
+
 def test_an_engine_that_was_paused_for_long_is_not_lost(engine: EngineProcess, router: RunDir):
     """A push may take longer than the router's patience with an engine that does not answer."""
     headers = {"Authorization": f"Bearer {API_KEY}"}
