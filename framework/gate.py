@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 
 from framework.config import RunConfig
+from framework.megatron.figures import largest
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.parallel import Mesh
-from framework.megatron.step import largest
 
 
 class GateError(RuntimeError):

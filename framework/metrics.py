@@ -108,9 +108,9 @@ def step_means(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     metrics = {name: sum(values) / len(values) for name, values in found.items()}
     metrics["train/tokens"] = sum(found["train/tokens"])  # each token is in one update
     # Later updates see a policy that has moved on: only the first compares like with like.
-    for key in (key for key in metrics if "rollout_ratio" in key or "rollout_logprob" in key):
-        metrics[key] = updates[0][key]
-    return metrics
+    first = [key for key in metrics if "rollout_ratio" in key or "rollout_logprob" in key]
+    others = {key: value for key, value in metrics.items() if key not in first}
+    return others | {key: updates[0][key] for key in first if key in updates[0]}
 
 
 def set_figures(result: EvalResult) -> dict[str, float]:

@@ -11,8 +11,9 @@ from framework.algorithm.preference.inputs import Answers
 from framework.batching import UpdatePlan, plan_step
 from framework.batching.pairs import plan_pairs
 from framework.demonstrations import HELD_OUT
+from framework.megatron.figures import sum_figures
 from framework.megatron.microbatch import Microbatch, pack_microbatch
-from framework.megatron.step import Evaluate, no_tokens, sum_figures
+from framework.megatron.step import Evaluate, no_tokens
 from framework.overlong import recount, shorten_batch
 from framework.preference_objective import build_preference_objective, describe_figures
 from framework.trainer import Trainer

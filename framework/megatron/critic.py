@@ -14,10 +14,11 @@ import torch
 
 from framework.algorithm.critic.value_loss import value_loss
 from framework.config_critic import CriticConfig
+from framework.megatron.figures import sum_figures
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.model import Policy
 from framework.megatron.parallel import Mesh
-from framework.megatron.step import StepRunner, no_tokens, sum_figures
+from framework.megatron.step import StepRunner, no_tokens
 
 
 @dataclass

@@ -83,6 +83,9 @@ class Microbatch:
     """[k, T] float32: its log-probs of them."""
     routes: Routes | None = None
     """The engine's, where the samples carry them, or the old policy's once recorded."""
+    other_experts: torch.Tensor | None = None
+    """[T] bool: where some router would by itself have chosen others than `routes`; on ranks that
+    have all routers and see all of T (no stages, no sequence parallelism), after a pass."""
 
 
 def pack_microbatch(

@@ -57,6 +57,7 @@ class RoutingReplay:
         self.batch: Microbatch | None = None
         """The one that a forward pass is computing."""
         self._layers = [_Layer(self, module) for module in _routers(policy)]
+        self._whole = config.pipeline_model_parallel_size == 1 and not config.sequence_parallel
         self._counts = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())
         self.layout = RouteLayout(
             layers=tuple(layer.number for layer in self._layers),
@@ -102,14 +103,19 @@ class RoutingReplay:
     def forward(self, batch: Microbatch) -> Iterator[None]:
         """Around the model's forward pass."""
         self.batch = batch
+        batch.other_experts = None
         try:
             yield
         finally:
             self.batch = None
 
-    def count(self, differ: torch.Tensor, known: torch.Tensor) -> None:
+    def count(self, batch: Microbatch, differ: torch.Tensor, known: torch.Tensor) -> None:
         """[T'] bool each: tokens with other experts than the router's own choice, of the known."""
-        self._counts += torch.stack([(differ & known).sum(), known.sum()])
+        found = differ & known
+        self._counts += torch.stack([found.sum(), known.sum()])
+        if self._whole:
+            before = batch.other_experts
+            batch.other_experts = found if before is None else found | before
 
     def take_figures(self) -> dict[str, float]:
         """Of the passes last gone `during`; the same on every rank, empty if no token had routes.
@@ -169,7 +175,7 @@ class _Layer:
         routes = batch.routes[self.number]
         known = routes[:, 0] >= 0
         ordered = (ids.sort(-1).values for ids in (own[1].to(torch.int16), routes))
-        of.count(torch.ne(*ordered).any(-1), known)
+        of.count(batch, torch.ne(*ordered).any(-1), known)
         if of.routing is Routing.COMPARE:
             return own
         return _take(scores, own, routes)

@@ -73,7 +73,11 @@ EFFECTS = {
         without=("algorithm.routing_replay=none",),
         having=(),
         figure="train/rollout_logprob_abs_diff_mean",
-        also=("train/other_experts_fraction",),
+        also=(
+            "train/other_experts_fraction",
+            "train/rollout_logprob_abs_diff_other_experts_mean",
+            "train/rollout_logprob_abs_diff_max",
+        ),
     ),
 }
 

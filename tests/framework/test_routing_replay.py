@@ -8,22 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from framework.algorithm.inputs import LossOutput
-from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from framework.config import TinyModelConfig as Tiny
-from framework.megatron.microbatch import Microbatch, pack_microbatch
-from framework.megatron.model import build_policy, read_hf_config
+from framework.megatron.figures import OTHER_EXPERTS
 from framework.megatron.packing import zigzag_positions
-from framework.megatron.parallel import Mesh, start_mesh, stop_mesh
+from framework.megatron.parallel import Mesh, stop_mesh
 from framework.megatron.routes import OWN, RouteLayout
-from framework.megatron.routing_replay import RoutingReplay
-from framework.megatron.step import StepRunner
 from framework.metrics import step_means
 from framework.tiny_model import create_tiny_model
 from megatron_bridge.layout import Layout
-from megatron_bridge.load import load_hf
 from rollout.types import Sample
 from tests.forked_ranks import run_ranks
+from tests.framework.one_rank import OneRank
 from tests.rollout.test_wire import make_sample
 
 EXPERTS, TOP_K, LAYERS = 8, 3, 2
@@ -48,57 +43,6 @@ def routed_sample(seed: int, response: int = 9) -> Sample:
     choices = [random.permutation(EXPERTS)[:TOP_K] for _ in range((3 + response) * LAYERS)]
     sample.routes = np.stack(choices).reshape(3 + response, LAYERS * TOP_K).astype(np.uint8)
     return sample
-
-
-class OneRank:
-    """A policy with its routers, in this process."""
-
-    def __init__(self, moe_dir: Path, replay: str, recompute: str = "none") -> None:
-        parallel = ParallelConfig()
-        self.mesh = start_mesh(parallel, 0)
-        load = functools.partial(
-            load_hf,
-            hf_dir=moe_dir,
-            layout=self.mesh.layout,
-            coords=self.mesh.coords,
-            vocab_pad_multiple=8,
-        )
-        self.policy = build_policy(
-            read_hf_config(moe_dir),
-            ModelConfig(hf_path=str(moe_dir)),
-            parallel,
-            OptimizerConfig(lr=1e-2, warmup_steps=0),
-            self.mesh,
-            load,
-            MemoryConfig(recompute=recompute),
-        )
-        self.routing = RoutingReplay(self.policy, replay)
-        self.runner = StepRunner(self.policy, self.mesh, 1.0, 4096, self.routing)
-
-    def pack(self, *samples: Sample) -> Microbatch:
-        numbers = range(len(samples))
-        return pack_microbatch(
-            numbers,
-            dict(enumerate(samples)),
-            {i: torch.full((s.response_length,), 1.0 + i) for i, s in enumerate(samples)},
-            dict.fromkeys(numbers, 0.1),
-            self.mesh,
-            sequence_parallel=False,
-            route_layout=self.routing.layout,
-        )
-
-    def gradients(self, *batches: Microbatch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """Figures and gradients of an update that moves nothing."""
-
-        def objective(inputs: Any) -> Any:
-            return LossOutput(loss=-inputs.advantages * inputs.policy_logprobs, metrics={})
-
-        figures = self.runner.update(list(batches), objective, 0.0)
-        (chunk,) = self.policy.chunks
-        return figures, {
-            name: parameter.main_grad.clone()  # pyright: ignore[reportAttributeAccessIssue]
-            for name, parameter in chunk.named_parameters()
-        }
 
 
 def in_a_rank(work: Any, moe_dir: Path, tmp_path: Path) -> None:
@@ -133,6 +77,32 @@ def test_own_routes_replayed_give_the_same_bits_and_others_do_not(moe_dir, tmp_p
         gate = "decoder.layers.0.mlp.router.weight"
         assert (changed[gate] != 0).any()  # gates are the trainer's own
         assert not torch.equal(changed[gate], plain[gate])
+        stop_mesh()
+
+    in_a_rank(work, moe_dir, tmp_path)
+
+
+def test_a_step_tells_the_gap_at_tokens_of_other_experts(moe_dir, tmp_path):
+    """Of the tokens that the policy wrote, those before which some router was overruled."""
+
+    def work(moe_dir: Path) -> None:
+        rank = OneRank(moe_dir, "old_policy")
+        sample = routed_sample(0)
+        sample.routes = None
+        batch = rank.pack(sample)
+        rank.runner.logprobs([batch])  # leaves the routers' own choice in it
+        assert batch.routes is not None
+        figures, _ = rank.gradients(batch)
+        assert OTHER_EXPERTS not in figures  # none is another
+        at = batch.loss_mask.nonzero()[[1, 4], 0]
+        for layer, place in zip((1, 2), at, strict=True):
+            batch.routes[layer][place] = (batch.routes[layer][place] + 1) % EXPERTS
+        figures, _ = rank.gradients(batch)
+        rank.routing.replay = "rollout"
+        rank.runner.logprobs([batch])
+        assert batch.old_logprobs is not None
+        gaps = (batch.old_logprobs - batch.rollout_logprobs)[at].abs()
+        assert figures[OTHER_EXPERTS] == pytest.approx(gaps.mean().item(), rel=1e-5)
         stop_mesh()
 
     in_a_rank(work, moe_dir, tmp_path)
