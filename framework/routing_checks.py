@@ -16,8 +16,8 @@ def routing_errors(config: RunConfig, shape: ModelShape) -> Iterator[str]:
         yield f"rollout.engine.return_routes=True: {_dense(shape)}; must be false"
     if engine.return_routes and engine.router:
         yield (
-            "rollout.engine.return_routes=True: sglang-router (0.3.2) passes on only those fields of "
-            "a request that it knows, not return_routed_experts: engines would return no routes; "
+            "rollout.engine.return_routes=True: sglang-router (0.3.2) passes on only the fields of "
+            "requests that it knows, not return_routed_experts: engines would return no routes; "
             "set rollout.engine.router=false: calls are dealt out without it too"
         )
     if replay == "none" or config.mode == "eval":
