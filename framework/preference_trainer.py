@@ -13,6 +13,7 @@ from framework.batching.pairs import plan_pairs
 from framework.demonstrations import HELD_OUT
 from framework.megatron.figures import sum_figures
 from framework.megatron.microbatch import Microbatch, pack_microbatch
+from framework.megatron.model import token_grain
 from framework.megatron.step import Evaluate, no_tokens
 from framework.overlong import recount, shorten_batch
 from framework.preference_objective import build_preference_objective, describe_figures
@@ -136,9 +137,10 @@ class PreferenceTrainer(Trainer):
         """This rank's micro-batches; tokens have no advantages and no weights of their own."""
         ones = {i: torch.ones(1).expand(sample.response_length) for i, sample in samples.items()}
         weights = dict.fromkeys(samples, 1.0)
-        parallel = self.config.parallel
+        split = self.config.parallel.sequence_parallel
+        grain = token_grain(self.config.model)
         return [
-            pack_microbatch(indices, samples, ones, weights, self.mesh, parallel.sequence_parallel)
+            pack_microbatch(indices, samples, ones, weights, self.mesh, split, token_grain=grain)
             for indices in plan.microbatches[self.mesh.coords.dp]
         ]
 

@@ -17,7 +17,7 @@ from framework.megatron.checkpoint import CheckpointWriter
 from framework.megatron.credit import TokenCredit
 from framework.megatron.critic import Critic
 from framework.megatron.microbatch import Microbatch, pack_microbatch
-from framework.megatron.model import Policy
+from framework.megatron.model import Policy, token_grain
 from framework.megatron.parallel import Mesh
 from framework.megatron.reference import ReferencePolicy
 from framework.megatron.routing_replay import RoutingReplay
@@ -279,6 +279,7 @@ class Trainer:
                 batch.step,
                 self.objective.teacher_top_k,
                 self.routing and self.routing.layout,
+                token_grain(self.config.model),
             )
             for indices in mine
         ]

@@ -5,6 +5,7 @@ its log-prob is the output. So loss_mask, advantages and log-probs of a response
 position before it, and the last position of each sequence has no label.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,7 @@ def pack_microbatch(
     step: int = 0,
     teacher_top_k: int = 0,
     route_layout: RouteLayout | None = None,
+    token_grain: int = 1,
 ) -> Microbatch:
     """Pack samples (by index into the step's batch) for one rank.
 
@@ -107,6 +109,7 @@ def pack_microbatch(
         step: the version that the policy has before it, for the tokens' staleness.
         teacher_top_k: how many of a teacher's tokens the loss asks for at each position.
         route_layout: what to make of the samples' routes; None: nothing.
+        token_grain: a rank's share of the tokens is a multiple of it (`model.token_grain`).
 
     An empty `indices` gives a micro-batch of padding, so that all ranks run equally many.
     """
@@ -126,7 +129,8 @@ def pack_microbatch(
             columns[name].append(torch.nn.functional.pad(values, (0, padded - length)))
         cu_seqlens.append(cu_seqlens[-1] + padded)
     # Sequence parallelism cuts each rank's tokens by tp; an empty micro-batch needs some as well.
-    whole = multiple * (mesh.layout.tp if sequence_parallel else 1)
+    shares = cp * (mesh.layout.tp if sequence_parallel else 1)
+    whole = math.lcm(multiple * (mesh.layout.tp if sequence_parallel else 1), shares * token_grain)
     filler = -cu_seqlens[-1] % whole if cu_seqlens[-1] else whole
     if filler:
         for name, parts in columns.items():

@@ -14,6 +14,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -107,6 +109,13 @@ def memory_settings(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
         settings["fp8"] = model.fp8
         settings["fp8_recipe"] = model.fp8_recipe
     return settings
+
+
+def token_grain(model: ModelConfig) -> int:
+    """What a rank's number of tokens must be a multiple of for fp8's matrix products (else 1)."""
+    if model.fp8 == "none":
+        return 1
+    return get_fp8_align_size(Fp8Recipe(model.fp8_recipe))
 
 
 def transformer_config(

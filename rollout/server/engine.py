@@ -22,6 +22,9 @@ from rollout.server.arguments import check_names, command_line
 from rollout.server.server_process import ServerError, ServerProcess, end_on_signals
 from rollout.side_models import role_of
 
+EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
+"""What Triton's and cuBLAS's matrix products of float32 need on a GPU to be float32's: each takes
+TF32 else, and log-probs of a two-layer model are off by 8e-3, which the gate refuses."""
 _LAUNCH = "rollout.server.launch"
 _HOLD_TIMEOUT_S = 60.0
 
@@ -112,6 +115,8 @@ class EngineProcess(ServerProcess):
                 "TORCH_COMPILE_DISABLE": "1",
                 "SGLANG_CPU_OMP_THREADS_BIND": binding,
             }
+        elif self.config.dtype == "float32":
+            environment = EXACT_FLOAT32 | environment
         return environment
 
 

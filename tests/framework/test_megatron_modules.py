@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from framework.config import ModelConfig
 from framework.megatron.logprobs import vocab_parallel_logprobs
 from framework.megatron.microbatch import pack_microbatch
+from framework.megatron.model import token_grain
 from framework.megatron.packing import padded_buckets, zigzag_positions
 from framework.megatron.parallel import Mesh
 from framework.megatron.torch_spec import TorchAttention
@@ -146,6 +148,33 @@ def test_an_empty_microbatch_is_padding_that_weighs_nothing():
     assert len(batch.tokens) == 2
     assert not batch.loss_mask.any()
     assert not batch.weights.any()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"cp": 2}, {"tp": 2, "cp": 2}], ids=str)
+def test_fp8_gets_whole_grains_of_tokens_on_every_rank(sizes):
+    grain = token_grain(ModelConfig(fp8="hybrid", fp8_recipe="tensorwise"))
+    assert grain == 16
+    assert token_grain(ModelConfig(fp8="hybrid", fp8_recipe="mxfp8")) == 32
+    assert token_grain(ModelConfig()) == 1
+    samples = {0: sample([5, 6], [7, 8, 9], [1, 0, 1])}
+    layout = Layout(**sizes)
+    for indices, tokens_that_count in (([0], 2), ([], 0)):
+        counted = 0.0
+        for cp in range(layout.cp):
+            place = Mesh(layout, Coords(cp=cp), rank=0, device=torch.device("cpu"))
+            batch = pack_microbatch(
+                indices,
+                samples,
+                {0: torch.ones(3)},
+                {0: 1.0},
+                place,
+                sequence_parallel=layout.tp > 1,
+                token_grain=grain,
+            )
+            # `tokens` are a context-parallel rank's; sequence parallelism cuts them by tp.
+            assert len(batch.tokens) == grain * layout.tp
+            counted += batch.loss_mask.sum().item()
+        assert counted == tokens_that_count
 
 
 def test_context_parallel_ranks_hold_every_position_once():

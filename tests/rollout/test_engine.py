@@ -316,6 +316,23 @@ def test_a_foreign_server_on_the_port_is_not_taken_for_ours(
         process.start()
 
 
+def test_float32_engines_on_a_gpu_multiply_in_float32(tiny_model_dir, tmp_path, monkeypatch):
+    """TF32 is what Triton takes without it: the gate saw log-probs 8e-3 apart on an H100."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # whoever sets one has their way
+
+    def variables(**fields):
+        config = EngineConfig(device="cuda", **fields)
+        model = str(tiny_model_dir)
+        process = EngineProcess(
+            config=config, model_path=model, api_key="", log_path=tmp_path / "log"
+        )
+        return process.environment()
+
+    assert variables(dtype="float32")["TRITON_F32_DEFAULT"] == "ieee"
+    assert variables(dtype="float32")["NVIDIA_TF32_OVERRIDE"] == "1"
+    assert "TRITON_F32_DEFAULT" not in variables(dtype="bfloat16")
+
+
 def _sleepers(path: Path) -> list[int]:
     found = []
     for process in psutil.process_iter(["environ", "status"]):
