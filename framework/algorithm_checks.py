@@ -198,6 +198,8 @@ def _problem(name: str, type_text: str, value: Any) -> str | None:
         accepted = int if type_text == "int" else int | float
         if isinstance(value, bool) or not isinstance(value, accepted):
             return f"{type_text} wanted"
+        if name == "teacher_share" and not 0 <= value <= 1:
+            return "must be in [0, 1]: 0 is the forward, 1 the reverse KL divergence"
         if not math.isfinite(value) or (value < 0 and name not in SIGNED):
             return "a finite number that is not negative is wanted"
         if name == "std_eps" and value == 0:
@@ -208,7 +210,7 @@ def _problem(name: str, type_text: str, value: Any) -> str | None:
             return "must be greater than 0: the gate divides by it"
         if name == "dual_clip" and 0 < value <= 1:
             return "must be above 1 (0: off): it bounds the loss of a ratio beyond 1"
-        if name in ("share", "teacher_share") and value > 1:
+        if name == "share" and value > 1:
             return "a share is at most 1"
         if name == "label_smoothing" and value >= 0.5:
             return "must be below 0.5: a label that is as likely wrong as right says nothing"

@@ -18,8 +18,8 @@ def teacher_errors(config: RunConfig) -> Iterator[str]:
     needed = advantage_table(advantage) == TOKENS
     if needed and not teacher and config.mode != "train_only":
         yield (
-            f"rollout.teacher: algorithm.advantage={advantage} compares with one; name a model of "
-            "rollout.side_models"
+            f"rollout.teacher: algorithm={config.algorithm.name} (its advantage is {advantage}) "
+            "compares with one; name a model of rollout.side_models"
         )
     if teacher and not needed and "." not in advantage:
         yield (
@@ -90,4 +90,6 @@ def teacher_top_errors(config: RunConfig) -> Iterator[str]:
     except ValueError:
         return  # told by the checks of the model
     if k > vocab_size:
-        yield f"rollout.teacher_top_k={k}: the vocabulary has {vocab_size} tokens"
+        yield (
+            f"rollout.teacher_top_k={k}: the vocabulary has {vocab_size} tokens; at most so many"
+        )

@@ -147,7 +147,8 @@ class DataConfig:
     task: str = "sort"
     """A row of rollout.environments.ENVIRONMENTS, or a class of yours: package.module.Class."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of that environment's constructor."""
+    """Arguments of that environment's constructor, of the types it declares; rollout/README.md has
+    those of the bundled ones."""
     path: str = ""
     """Stage sft: a JSONL file of conversations; stages preference and reward_model: one of pairs
     (or of labelled answers); empty: demonstrations and pairs are the task's."""

@@ -32,6 +32,7 @@ class PromptStream:
             self._kind = find_environment(data.task)
         except ValueError as error:
             raise ValueError(f"data.task={data.task}: {error}") from error
+        _check_types(self._kind, data)
         self._data = data
         self._seed = seed
         self._split = split
@@ -57,9 +58,10 @@ class PromptStream:
             return made(*given, **named, **self._data.args)
         except TypeError as error:
             args, task = _shown(self._data.args), self._data.task
-            known = [name for name in inspect.signature(self._kind).parameters if name != "seed"]
+            known = inspect.signature(self._kind).parameters
+            wanted = ", ".join(str(each) for name, each in known.items() if name != "seed")
             raise ValueError(
-                f"data.args={args} of data.task={task}: {error}; it takes {', '.join(known)}"
+                f"data.args={args} of data.task={task}: {error}; it takes {wanted}"
             ) from error
 
     def _prompt_seed(self, index: int) -> int:
@@ -137,6 +139,21 @@ async def play(
     return transcript.sample(
         group_id=group_id, index=index, reward=reward, metadata=environment.describe()
     )
+
+
+def _check_types(kind: type[Environment], data: DataConfig) -> None:
+    """ValueError for an argument that is not the number, text or bool that the class declares."""
+    parameters = inspect.signature(kind).parameters
+    for name, value in data.args.items():
+        wanted = parameters[name].annotation if name in parameters else None
+        if wanted not in (int, float, bool, str):
+            continue
+        fits = (int, float) if wanted is float else wanted
+        if not isinstance(value, fits) or (isinstance(value, bool) and wanted is not bool):
+            shown = _shown({name: value})[name]
+            raise ValueError(
+                f"data.args.{name}={shown!r}: data.task={data.task} wants {wanted.__name__}"
+            )
 
 
 def _shown(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The family makes the question and its own `score_answer` is the reward.
 
 import contextlib
 import random
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -41,7 +42,9 @@ def _global_random(seed: int) -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _family(name: str, seed: int, args: tuple[tuple[str, Any], ...]) -> Any:
-    import reasoning_gym
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of cellpylib, which it needs
+        import reasoning_gym
 
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=1, **dict(args))

@@ -132,7 +132,7 @@ def test_another_tokenizer_than_the_policys_is_refused(
     ("fields", "named"),
     [
         ({}, ""),
-        ({"rollout.teacher": ""}, "rollout.teacher: algorithm.advantage=reverse_kl compares with"),
+        ({"rollout.teacher": ""}, "(its advantage is reverse_kl) compares with one; name a model"),
         ({"rollout.teacher": "other"}, "rollout.teacher=other: no such model"),
         ({"rollout.sampling.temperature": 0.7}, "temperature=0.7: a teacher's log-probs are"),
         (
@@ -154,7 +154,7 @@ def test_another_tokenizer_than_the_policys_is_refused(
         ({"rollout.teacher_top_k": 69, "algorithm.loss": "generalized_jsd"}, ""),
         (
             {"rollout.teacher_top_k": 70, "algorithm.loss": "generalized_jsd"},
-            "rollout.teacher_top_k=70: the vocabulary has 69 tokens",
+            "rollout.teacher_top_k=70: the vocabulary has 69 tokens; at most so many",
         ),
         (
             {"algorithm.loss": "generalized_jsd"},
@@ -166,7 +166,7 @@ def test_another_tokenizer_than_the_policys_is_refused(
                 "algorithm.loss": "generalized_jsd",
                 "algorithm.loss_args": {"teacher_share": 1.5},
             },
-            "algorithm.loss_args.teacher_share=1.5: a share is at most 1",
+            "algorithm.loss_args.teacher_share=1.5: must be in [0, 1]",
         ),
         (
             {

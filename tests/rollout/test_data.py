@@ -72,6 +72,27 @@ def test_bad_arguments_of_a_task_are_named():
         identities("train", 1, task="reasoning_gym", args={"min_termz": 3})
 
 
+@pytest.mark.parametrize(
+    ("task", "args", "said"),
+    [
+        ("sort", {"num_digits": "many"}, "data.args.num_digits='many': data.task=sort wants int"),
+        ("sort", {"num_digits": True}, "data.args.num_digits=True: data.task=sort wants int"),
+        ("sort", {"num_digits": 2.5}, "data.args.num_digits=2.5: data.task=sort wants int"),
+        ("bandit", {"good": "0.9"}, "data.args.good='0.9': data.task=bandit wants float"),
+        ("mcp", {"api_key": 7}, "data.args.api_key='(left out)': data.task=mcp wants str"),
+        ("sort", {"digits": 3}, "it takes num_digits: int = 8, varied_mistakes: bool = False"),
+    ],
+)
+def test_an_argument_of_another_type_is_told_which_is_wanted(task, args, said):
+    with pytest.raises(ValueError, match=r"data\.args") as error:
+        PromptStream(DataConfig(task=task, args=args), 0, "train").environments(0, 1)
+    assert said in str(error.value)
+
+
+def test_a_whole_number_is_a_float():
+    PromptStream(DataConfig(task="bandit", args={"good": 1}), 0, "train").environments(0, 1)
+
+
 def test_demonstrations_are_the_answer_and_the_end_token(tiny_model_dir):
     chat = Chat.load(str(tiny_model_dir))
     samples = demonstrations(DataConfig(), chat.tokenizer, 0, 10, 3)
