@@ -87,7 +87,10 @@ def start(run_dir: Path, *overrides: str) -> Run:
     log = (run_dir.parent / f"{run_dir.name}.log").open("wb")
     with log:
         launcher = subprocess.Popen(
-            [*command, f"run_dir={run_dir}"], stdout=log, stderr=subprocess.STDOUT
+            [*command, f"run_dir={run_dir}"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},  # filters of tests
         )
     return Run(run_dir, launcher)
 
