@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
+from rollout.bounds import Bound
 from rollout.environments.base import ROLES, Message, is_message
 from rollout.types import Sample, Status
+
+T = TypeVar("T")
 
 
 class EpisodeError(Exception):
@@ -29,6 +33,23 @@ def boundary(what: str) -> Iterator[None]:
         if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
             raise
         raise EpisodeError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+async def guarded(
+    call: Awaitable[T], what: str, limit_s: float, places: asyncio.Semaphore | None = None
+) -> T:
+    """What foreign code gives within limit_s; else EpisodeError. It has one of the places, and the
+    wait for that is not its time."""
+    async with places or contextlib.nullcontext():
+        bound = Bound(limit_s)
+        try:
+            with boundary(what):
+                async with bound:
+                    return await call
+        except EpisodeError:
+            if bound.expired():
+                raise EpisodeError(f"{what}: no answer within {limit_s:g} s") from None
+            raise
 
 
 def check_messages(messages: Iterable[Message]) -> None:

@@ -157,7 +157,8 @@ class DataConfig:
     is never trained on."""
     reward: str = "environment"
     """A row of rollout.rewards.REWARDS (`environment`: what the environment itself says), or a
-    function of yours: package.module.function."""
+    function of yours, package.module.function: of (sample, task), or of a group's (samples,
+    tasks)."""
     generate: str = "environment"
     """Who plays the episodes: `environment` (its turns), `agent` (data.agent, over HTTP), or a
     program of yours, package.module.function: async (engine, task, sampling) -> list[Sample]."""

@@ -6,14 +6,11 @@ This is the boundary at which a failing environment or reward becomes a counted 
 """
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-
-import numpy as np
 
 from rollout.agents.engine import (
     AgentTask,
@@ -23,13 +20,13 @@ from rollout.agents.engine import (
     check_version,
     replies_of,
 )
-from rollout.boundary import EpisodeError, boundary, check_messages, failed_sample
-from rollout.bounds import Bound
+from rollout.boundary import EpisodeError, boundary, check_messages, failed_sample, guarded
 from rollout.client import EngineClient, EngineRefusal, Generation
 from rollout.config import SamplingConfig
 from rollout.environments import Environment
 from rollout.prompt_bound import PromptBound
-from rollout.rewards import RewardFunction, Task
+from rollout.rewards import GroupReward, RewardFunction, Task
+from rollout.scoring import Played, score, score_group
 from rollout.seeds import derive_seed
 from rollout.teacher import Teacher
 from rollout.tokens import Chat, Transcript
@@ -70,7 +67,7 @@ class Generator:
     client: EngineClient
     chat: Chat
     sampling: SamplingConfig
-    reward: RewardFunction
+    reward: RewardFunction | GroupReward
     timeout_s: float
     """Bound of each call of an environment or reward."""
     play: GenerateFunction | None = None
@@ -99,8 +96,18 @@ class Generator:
 
     async def _samples(self, episodes: list[Episode], version: int) -> list[Sample]:
         if self.play is not None:
-            played = await run_together(self._play(episode, version) for episode in episodes)
-            return _numbered([sample for samples in played for sample in samples])
+            found = await run_together(self._play(episode, version) for episode in episodes)
+            played = [each for of_episode in found for each in of_episode]
+        else:
+            played = await self._converse_all(episodes, version)
+        if isinstance(self.reward, GroupReward):
+            await self._score_groups(self.reward, played)
+        samples = [each.sample for each in played]
+        for sample in samples:
+            sample.turn_rewards = [self.environment_weight * each for each in sample.turn_rewards]
+        return samples if self.play is None else _numbered(samples)
+
+    async def _converse_all(self, episodes: list[Episode], version: int) -> list[Played]:
         prompts = await asyncio.gather(*(self._prompt(episode) for episode in episodes))
         asked = {k: prompt for k, prompt in enumerate(prompts) if isinstance(prompt, list)}
         seeds = [episodes[k].seed for k in asked]
@@ -148,10 +155,10 @@ class Generator:
         prompt: list[int] | EpisodeError,
         first: Generation | EpisodeError | None,
         version: int,
-    ) -> Sample:
+    ) -> Played:
         if isinstance(prompt, EpisodeError) or not isinstance(first, Generation):
             reason = prompt if isinstance(prompt, EpisodeError) else first
-            return self._failed(episode, self._nothing(), str(reason))
+            return self._lost(episode, self._nothing(), str(reason))
         transcript = Transcript(prompt)
         try:
             task, status = await self._converse(episode, transcript, first, version)
@@ -161,24 +168,29 @@ class Generator:
                 status=status,
                 metadata=task.description,
             )
-            await self._score(sample, task)
+            played = await self._score(sample, task)
         except EpisodeError as error:
-            return self._failed(episode, transcript, str(error))
+            return self._lost(episode, transcript, str(error))
         sample.check()
-        return sample
+        return played
 
-    async def _score(self, sample: Sample, task: Task) -> None:
-        """The reward and its components, into the sample."""
-        reward = await self._guard(self.reward(sample, task), "reward")
-        with boundary("reward"):
-            sample.reward = float(reward.value)
-            sample.rewards = {str(k): float(v) for k, v in reward.components.items()}
-            sample.turn_rewards = [self.environment_weight * each for each in sample.turn_rewards]
-        for name, value in {"reward": sample.reward, **sample.rewards}.items():
-            if not np.isfinite(value):
-                raise EpisodeError(f"{name} is {value}")
+    async def _score(self, sample: Sample, task: Task) -> Played:
+        """A reward of whole groups is asked once all are there."""
+        if not isinstance(self.reward, GroupReward):
+            await score(self.reward, sample, task, self._guard)
+        return Played(sample=sample, task=task)
 
-    async def _play(self, episode: Episode, version: int) -> list[Sample]:
+    async def _score_groups(self, reward: GroupReward, played: list[Played]) -> None:
+        """Of each group by itself: an evaluation's request has many."""
+        groups: dict[int, list[Played]] = {}
+        for each in played:
+            groups.setdefault(each.sample.group_id, []).append(each)
+        calls = (score_group(reward, each, self._guard) for each in groups.values())
+        for members, failed in zip(groups.values(), await run_together(calls), strict=True):
+            for k, error in failed.items():
+                members[k].sample = self._failed(members[k].sample, str(error))
+
+    async def _play(self, episode: Episode, version: int) -> list[Played]:
         """The samples of an episode that a program plays; its failure is one failed sample."""
         assert self.play is not None
         engine = PolicyEngine(
@@ -198,8 +210,8 @@ class Generator:
         try:
             with boundary("describe"):
                 description = {str(k): str(v) for k, v in task.environment.describe().items()}
-            played = self.play(engine, task, self.sampling)
-            found = await self._guard(played, "generate", self.episode_timeout_s)
+            playing = self.play(engine, task, self.sampling)
+            found = await self._guard(playing, "generate", self.episode_timeout_s)
             with boundary("generate"):
                 samples = check_samples(
                     found,
@@ -208,21 +220,20 @@ class Generator:
                     routes=self.routes,
                     prompts=self.prompts,
                 )
+            played = []
             for sample in samples:
                 sample.metadata = description | sample.metadata
-                await self._score(
-                    sample,
-                    Task(
-                        description=description,
-                        replies=replies_of(self.chat, sample),
-                        environment_reward=float(sample.reward),
-                    ),
+                scored = Task(
+                    description=description,
+                    replies=replies_of(self.chat, sample),
+                    environment_reward=float(sample.reward),
                 )
+                played.append(await self._score(sample, scored))
         except EpisodeError as error:
-            samples = [self._failed(episode, self._nothing(), str(error))]
+            played = [self._lost(episode, self._nothing(), str(error))]
         if engine.failure is not None:
             raise engine.failure
-        return samples
+        return played
 
     async def _converse(
         self, episode: Episode, transcript: Transcript, generation: Generation, version: int
@@ -271,17 +282,8 @@ class Generator:
 
     async def _guard(self, call: Awaitable[T], what: str, timeout_s: float | None = None) -> T:
         """Await foreign code within its bound; whatever it raises becomes an EpisodeError."""
-        limit = self.timeout_s if timeout_s is None else timeout_s
-        async with self.places or contextlib.nullcontext():  # waiting for a place is not its time
-            bound = Bound(limit)
-            try:
-                with boundary(what):
-                    async with bound:
-                        return await call
-            except EpisodeError:
-                if bound.expired():
-                    raise EpisodeError(f"{what}: no answer within {limit:g} s") from None
-                raise
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        return await guarded(call, what, limit_s, self.places)
 
     def _nothing(self) -> Transcript:
         """Where nothing was sampled: a placeholder of one token each, which trains nothing."""
@@ -289,9 +291,12 @@ class Generator:
         transcript.add_observation([self.chat.end_id])
         return transcript
 
-    def _failed(self, episode: Episode, transcript: Transcript, reason: str) -> Sample:
-        logger.warning("sample %d/%d failed: %s", episode.group_id, episode.index, reason)
+    def _lost(self, episode: Episode, transcript: Transcript, reason: str) -> Played:
         sample = transcript.sample(group_id=episode.group_id, index=episode.index)
+        return Played(sample=self._failed(sample, reason), task=None)
+
+    def _failed(self, sample: Sample, reason: str) -> Sample:
+        logger.warning("sample %d/%d failed: %s", sample.group_id, sample.index, reason)
         return failed_sample(sample, reason)
 
 

@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from rollout.config import DataConfig
 from rollout.own_code import look_up
 from rollout.rewards.base import Reward, RewardFunction, Task
 from rollout.rewards.code import code
 from rollout.rewards.endpoint import FindSideModel, Service
+from rollout.rewards.group import GroupReward, is_of_groups
 from rollout.rewards.overlong import punish_overlong
 from rollout.rewards.rules import environment, exact_match, match_and_length, math_answer
 from rollout.rewards.services import http, judge, reward_model
@@ -17,6 +19,7 @@ __all__ = [
     "NEED_ANSWER",
     "REWARDS",
     "SERVICES",
+    "GroupReward",
     "Reward",
     "RewardFunction",
     "Task",
@@ -48,19 +51,23 @@ NEED_ANSWER = ("code", "exact_match", "match_and_length", "math")
 """Those that compare with the answer of the environment's `describe()`."""
 
 
-def find_reward(name: str) -> RewardFunction:
+def find_reward(name: str) -> RewardFunction | GroupReward:
     """A row by its name, or a function of the user's own: package.module.function.
 
     Raises:
         ValueError: there is none such; one line, without the key.
     """
-    found = look_up(REWARDS, name, "function")
+    found: Any = look_up(REWARDS, name, "function")
     if not inspect.iscoroutinefunction(found) or len(inspect.signature(found).parameters) != 2:
-        raise ValueError("is not an `async def` of (sample, task)")
-    return found
+        raise ValueError(
+            "is not an `async def` of (sample, task), or for whole groups of (samples, tasks)"
+        )
+    return GroupReward(found) if is_of_groups(found) else found
 
 
-def make_reward(data: DataConfig, find: FindSideModel | None = None) -> RewardFunction:
+def make_reward(
+    data: DataConfig, find: FindSideModel | None = None
+) -> RewardFunction | GroupReward:
     """The run's reward: `data.rewards`, or `data.reward` where there are none.
 
     find: where side models are; None: the rewards are only to be checked.
@@ -84,6 +91,11 @@ def make_reward(data: DataConfig, find: FindSideModel | None = None) -> RewardFu
                 raise ValueError("only services take args")
             else:
                 reward = find_reward(term.kind)
+            if isinstance(reward, GroupReward):
+                raise ValueError(
+                    "a reward of whole groups, (samples, tasks), is data.reward by itself; one of "
+                    "several takes (sample, task)"
+                )
         except (TypeError, ValueError) as error:
             raise ValueError(f"data.rewards.{name}, kind={term.kind}: {error}") from error
         terms[name] = (term, reward)
@@ -99,7 +111,7 @@ def environment_weight(data: DataConfig) -> float:
     return sum(term.weight for term in terms if term.kind == "environment")
 
 
-def make_eval_reward(data: DataConfig) -> RewardFunction | None:
+def make_eval_reward(data: DataConfig) -> RewardFunction | GroupReward | None:
     """What evaluations count, where that is something else than the run's reward.
 
     Raises:
@@ -108,7 +120,7 @@ def make_eval_reward(data: DataConfig) -> RewardFunction | None:
     return _named("data.eval_reward", data.eval_reward) if data.eval_reward else None
 
 
-def _named(key: str, name: str) -> RewardFunction:
+def _named(key: str, name: str) -> RewardFunction | GroupReward:
     try:
         return find_reward(name)
     except ValueError as error:

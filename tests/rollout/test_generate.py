@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from rollout.environments.base import EnvironmentStep, Message
 from rollout.generate import Episode, Generator
 from rollout.greedy import run_with_baseline
 from rollout.prompt_bound import bound_prompts
-from rollout.rewards import REWARDS, Reward, Task
+from rollout.rewards import REWARDS, GroupReward, Reward, Task
 from rollout.rewards.weighted import RewardTerm, weighted
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
@@ -252,6 +253,80 @@ def test_a_reward_that_waits_for_its_turn_is_not_late(chat, alone):
     environments = [EchoEnvironment(seed=0) for _ in range(8)]
     samples, _ = run(chat, environments, reward=reward, timeout_s=0.5)
     assert [sample.reward for sample in samples] == [1.0] * 8
+
+
+def of_groups(rewards: Callable[[list[Task]], list[Reward]]) -> tuple[GroupReward, list[int]]:
+    """A reward of whole groups, and how many samples each of its calls has had."""
+    sizes = []
+
+    async def reward(samples: list[Sample], tasks: list[Task]) -> list[Reward]:
+        sizes.append(len(samples))
+        assert [sample.metadata for sample in samples] == [task.description for task in tasks]
+        return rewards(tasks)
+
+    return GroupReward(reward), sizes
+
+
+def ranks(tasks: list[Task]) -> list[Reward]:
+    order = sorted(task.environment_reward for task in tasks)
+    return [Reward(value=order.index(task.environment_reward)) for task in tasks]
+
+
+def test_a_reward_of_groups_sees_all_answers_to_a_prompt_in_one_call(chat):
+    """And none that failed. With one place to run at a time, too: nobody waits in it."""
+    reward, sizes = of_groups(ranks)
+    environments = [EchoEnvironment(seed=0, num_turns=n) for n in (3, 1, 2)]
+    environments.insert(1, EchoEnvironment(seed=0, trouble="raises"))
+    sampling = SamplingConfig(max_new_tokens=60)
+    samples, _ = run(
+        chat, environments, reward=reward, places=asyncio.Semaphore(1), sampling=sampling
+    )
+    assert sizes == [3]
+    assert [sample.reward for sample in samples] == [2.0, 0.0, 0.0, 1.0]
+    assert [sample.status is Status.FAILED for sample in samples] == [False, True, False, False]
+
+
+def test_prompts_of_one_request_are_groups_by_themselves(chat):
+    reward, sizes = of_groups(ranks)
+    client = ScriptedClient(chat, last_question)
+    generator = Generator(
+        client=client,  # pyright: ignore[reportArgumentType]
+        chat=chat,
+        sampling=SamplingConfig(),
+        reward=reward,
+        timeout_s=1.0,
+    )
+    episodes = [
+        Episode(environment=EchoEnvironment(seed=0), group_id=group_id, index=0, seed=k)
+        for k, group_id in enumerate((7, 8, 7))
+    ]
+    asyncio.run(generator.run(episodes, 0))
+    assert sorted(sizes) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "reason"),
+    [
+        (lambda tasks: [Reward(value=1.0)], "reward: ValueError: 1 rewards of 2 samples"),
+        (lambda tasks: 1 / 0, "reward: ZeroDivisionError"),
+        (lambda tasks: [1.0, 2.0], "reward: AttributeError"),
+        (lambda tasks: None, "reward: TypeError"),
+    ],
+)
+def test_a_failing_reward_of_groups_is_the_status_of_all_its_samples(chat, rewards, reason):
+    reward, _ = of_groups(rewards)
+    samples, _ = run(chat, [EchoEnvironment(seed=0) for _ in range(2)], reward=reward)
+    for sample in samples:
+        assert sample.status is Status.FAILED
+        assert sample.metadata["error"].startswith(reason)
+        assert not sample.loss_mask.any()
+
+
+def test_one_reward_of_a_group_that_is_no_number_costs_its_own_sample(chat):
+    reward, _ = of_groups(lambda tasks: [Reward(value=float("nan")), Reward(value=2.0)])
+    bad, good = run(chat, [EchoEnvironment(seed=0) for _ in range(2)], reward=reward)[0]
+    assert (bad.status, bad.metadata) == (Status.FAILED, {"error": "reward is nan"})
+    assert (good.status, good.reward) == (Status.STOPPED, 2.0)
 
 
 class NumberEnvironment(EchoEnvironment):

@@ -11,7 +11,14 @@ import pytest
 from aiohttp import web
 
 from rollout.config import DataConfig
-from rollout.rewards import Reward, Task, environment_weight, make_reward
+from rollout.rewards import (
+    GroupReward,
+    Reward,
+    Task,
+    environment_weight,
+    make_reward,
+    punish_overlong,
+)
 from tests.rollout.test_wire import make_sample
 
 TASK = Task(
@@ -98,6 +105,24 @@ async def raising(sample, task):
 async def rubbish(sample, task):
     """A reward that is no number."""
     return Reward(value=float("nan"))
+
+
+async def together(samples, tasks):
+    """A reward of a whole group."""
+    return [Reward(value=k) for k, _ in enumerate(samples)]
+
+
+def test_a_reward_of_groups_is_told_by_its_signature_and_punished_too():
+    reward = make_reward(DataConfig(reward="tests.rollout.test_rewards.together"))
+    assert isinstance(reward, GroupReward)
+    short, long = make_sample(0), make_sample(1)
+    budget = long.response_length
+    punished = punish_overlong(reward, max_tokens=budget, share=1.0, penalty=0.5)
+    assert isinstance(punished, GroupReward)
+    found = asyncio.run(punished([short, long], [TASK, TASK]))
+    shares = [-0.5 * each.response_length / budget for each in (short, long)]
+    assert [each.value for each in found] == [0 + shares[0], 1 + shares[1]]
+    assert [each.components for each in found] == [{"overlong": each} for each in shares]
 
 
 def test_terms_are_weighted_and_told_apart():
@@ -215,6 +240,7 @@ def test_one_that_fails_ends_the_others_and_is_named(name, said):
         ({"kind": "judge", "args": {"url": "u", **JUDGE, "pattern": "("}}, "pattern"),
         ({"kind": "judge", "args": {"url": "u", **JUDGE, "pattern": "x"}}, "no group"),
         ({"kind": "tests.rollout.test_rewards.TASK"}, "async def"),
+        ({"kind": "tests.rollout.test_rewards.together"}, "is data.reward by itself"),
     ],
 )
 def test_terms_that_cannot_be_are_refused(row, said):
