@@ -1,3 +1,5 @@
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,3 +129,19 @@ def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
     assert derive_seed(1, 23) != derive_seed(12, 3)
     assert derive_seed("1") != derive_seed(1)
     assert all(0 <= seed < 2**62 for seed in seeds)
+
+
+def test_the_readme_tells_every_argument_of_a_task_with_its_type():
+    readme = (Path(__file__).parents[2] / "rollout" / "README.md").read_text()
+    for name, kind in ENVIRONMENTS.items():
+        (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` | `"))
+        told = [each.partition(":")[0] for each in row.split("`")[3::2]]
+        known = inspect.signature(kind).parameters
+        named = [each.name for each in known.values() if each.kind != each.VAR_KEYWORD]
+        assert told == [each for each in named if each != "seed"]
+        for each in row.split("`")[3::2]:
+            parameter = known[each.partition(":")[0]]
+            wanted = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+            assert wanted in each or parameter.default is None, each
+            default = parameter.default
+            assert default in (None, parameter.empty) or each.endswith(f" = {default!r}"), each

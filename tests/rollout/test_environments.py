@@ -1,7 +1,5 @@
 import asyncio
-import inspect
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,19 +203,3 @@ def test_countdown_takes_any_right_expression():
 def test_arguments_out_of_range_are_named(task, argument, value):
     with pytest.raises(ValueError, match=rf"data\.args\.{argument}={value}.*(must|wanted|away)"):
         ENVIRONMENTS[task](seed=0, **{argument: value})
-
-
-def test_the_readme_tells_every_argument_of_a_task_with_its_type():
-    readme = (Path(__file__).parents[2] / "rollout" / "README.md").read_text()
-    for name, kind in ENVIRONMENTS.items():
-        (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` | `"))
-        told = [each.partition(":")[0] for each in row.split("`")[3::2]]
-        known = inspect.signature(kind).parameters
-        named = [each.name for each in known.values() if each.kind != each.VAR_KEYWORD]
-        assert told == [each for each in named if each != "seed"]
-        for each in row.split("`")[3::2]:
-            parameter = known[each.partition(":")[0]]
-            wanted = getattr(parameter.annotation, "__name__", str(parameter.annotation))
-            assert wanted in each or parameter.default is None, each
-            default = parameter.default
-            assert default in (None, parameter.empty) or each.endswith(f" = {default!r}"), each

@@ -14,6 +14,7 @@ from rollout.config import DataConfig
 from rollout.rewards import (
     GroupReward,
     Reward,
+    RewardFunction,
     Task,
     environment_weight,
     make_reward,
@@ -34,11 +35,17 @@ def data(rewards: dict[str, Any], **fields: Any) -> DataConfig:
     return DataConfig(rewards=rewards, **fields)
 
 
+async def of_one(reward: RewardFunction | GroupReward) -> Reward:
+    """What it gives to a sample."""
+    assert not isinstance(reward, GroupReward)
+    return await reward(make_sample(), TASK)
+
+
 def score(rewards: dict[str, Any]) -> Reward:
     """What they give to a sample."""
 
     async def run() -> Reward:
-        return await make_reward(data(rewards))(make_sample(), TASK)
+        return await of_one(make_reward(data(rewards)))
 
     return asyncio.run(run())
 
@@ -82,7 +89,7 @@ def ask(kind: str, answers: Answers, args: dict[str, Any] | None = None, **row: 
     async def run() -> Reward:
         async with serving(answers) as url:
             rows = {"x": {"kind": kind, "args": {"url": url, **(args or {})}, **row}}
-            return await make_reward(data(rows))(make_sample(), TASK)
+            return await of_one(make_reward(data(rows)))
 
     return asyncio.run(run())
 
