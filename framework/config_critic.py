@@ -25,3 +25,6 @@ class CriticConfig:
     scale_rewards: bool = False
     """Rewards are divided by the standard deviation of all rewards so far, this step's included;
     it is in checkpoints. A penalty of algorithm.kl_reward_coef is not divided."""
+    normalize_values: bool = False
+    """The critic estimates returns less the mean of all returns so far, over their standard
+    deviation; advantages are of returns as they are. Both numbers are in checkpoints."""

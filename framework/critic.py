@@ -65,6 +65,7 @@ def build_credit(config: RunConfig, mesh: Any, found: Checkpoint | None) -> Any:
         valued=valued,
         kl=penalty if algorithm.kl_reward_coef else None,
         scale=RunningStd() if config.critic.scale_rewards else None,
+        norm=RunningStd() if config.critic.normalize_values else None,
     )
     if found is not None:
         credit.restore(found.manifest.adapted)

@@ -22,9 +22,16 @@ class RunningStd:
         if not values:
             return
         batch = torch.tensor(values, dtype=torch.float64)
-        size, mean = len(values), batch.mean().item()
+        mean = batch.mean().item()
+        self.add_moments(len(values), mean, ((batch - mean) ** 2).sum().item())
+
+    def add_moments(self, size: float, mean: float, squares: float) -> None:
+        """The same of a batch that is spread over ranks: how many, their mean, the sum of squared
+        distances from it."""
+        if not size:
+            return
         total, gap = self.count + size, mean - self.mean
-        self.squares += ((batch - mean) ** 2).sum().item() + gap**2 * self.count * size / total
+        self.squares += squares + gap**2 * self.count * size / total
         self.mean += gap * size / total
         self.count = total
 

@@ -25,6 +25,7 @@ from rollout.types import SampleInfo
 _STD_EPS = 1e-8
 _COEFFICIENT = "kl_reward_coef"
 _SCALE = "reward_"
+_NORM = "return_"
 
 
 @dataclass(kw_only=True)
@@ -50,6 +51,9 @@ class TokenCredit:
     kl: RewardKl | None = None
     scale: RunningStd | None = None
     """Rewards are divided by the spread of all so far."""
+    norm: RunningStd | None = None
+    """Of all tokens' returns so far, which the critic estimates brought to mean 0 and deviation 1
+    (arXiv 1602.07714; deviation: its head is not rescaled when these move)."""
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold."""
@@ -58,14 +62,17 @@ class TokenCredit:
             if self.kl is not None and self.kl.target > 0
             else {}
         )
-        return found | ({} if self.scale is None else self.scale.state(_SCALE))
+        for prefix, each in ((_SCALE, self.scale), (_NORM, self.norm)):
+            found |= {} if each is None else each.state(prefix)
+        return found
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Go on from a checkpoint's `state`."""
         if self.kl is not None and self.kl.target > 0:  # else it is what the configuration says
             self.kl.coefficient = state.get(_COEFFICIENT, self.kl.coefficient)
-        if self.scale is not None:
-            self.scale.restore(_SCALE, state)
+        for prefix, each in ((_SCALE, self.scale), (_NORM, self.norm)):
+            if each is not None:
+                each.restore(prefix, state)
 
     def assign(
         self, updates: Sequence[Sequence[Microbatch]], samples: Sequence[SampleInfo]
@@ -99,6 +106,8 @@ class TokenCredit:
         places = torch.tensor(here, device=batch.loss_mask.device)
         zeros = torch.zeros_like(batch.loss_mask)
         estimates = zeros if batch.values is None else batch.values
+        if self.norm is not None:
+            estimates = estimates * self.norm.std + self.norm.mean
         penalties = zeros if self.kl is None else self.kl.coefficient * _divergence(batch)
         columns = torch.stack(
             [estimates, batch.loss_mask, batch.turn_ends, batch.turn_rewards, penalties]
@@ -125,19 +134,27 @@ class TokenCredit:
 
     def _finish(self, mine: Sequence[Microbatch], answers: int) -> dict[str, float]:
         """Whiten, adapt the coefficient, and tell."""
-        sums = torch.zeros(8, dtype=torch.float64)
+        sums = torch.zeros(6, dtype=torch.float64)
         if self.mesh.reports:
             sums = sum((_moments(each) for each in mine), sums)
         dist.all_reduce(sums)
         divergence = sums[-1].item() / answers
         moments = (sums / sums[0].clamp(min=1)).tolist()
-        _, mean, square, returns, returns_square, error, error_square, _ = moments
+        _, mean, square, returns, returns_square, _ = moments
         deviation = max(0.0, square - mean**2) ** 0.5
+        spread = max(0.0, returns_square - returns**2)
         if self.mesh.is_last_stage and self.whiten:
             for batch in mine:
                 white = (batch.advantages - mean) / (deviation + _STD_EPS)
                 batch.advantages = white * batch.loss_mask
         figures = {"train/advantage_std": deviation, "train/return_mean": returns}
+        if self.norm is not None:
+            self.norm.add_moments(sums[0].item(), returns, spread * sums[0].item())
+            figures["train/return_scale"] = self.norm.std
+            for batch in mine if self.mesh.is_last_stage else ():
+                assert batch.returns is not None
+                normal = (batch.returns - self.norm.mean) / self.norm.std
+                batch.returns = normal * batch.loss_mask
         if self.kl is not None:
             figures["train/kl_reward_coef"] = self.kl.coefficient
             figures["train/kl_of_answer"] = divergence
@@ -149,10 +166,9 @@ class TokenCredit:
                 num_samples=answers,
             )
         if self.valued:
-            spread = returns_square - returns**2
-            figures["train/value_mean"] = returns - error
+            figures["train/value_mean"] = returns - mean  # an advantage is a return less a value
             # Returns that are all alike leave nothing to explain.
-            explained = 1 - (error_square - error**2) / spread if spread > 1e-12 else 0.0
+            explained = 1 - deviation**2 / spread if spread > 1e-12 else 0.0
             figures["train/value_explained_variance"] = explained
         return figures
 
@@ -165,13 +181,11 @@ def _divergence(batch: Microbatch) -> torch.Tensor:
 
 
 def _moments(batch: Microbatch) -> torch.Tensor:
-    """[8] float64 on the host: tokens; sums of A, A^2, R, R^2, R - V, (R - V)^2 and of k1."""
+    """[6] float64 on the host: tokens; sums of A, A^2, R, R^2 and of k1."""
     assert batch.returns is not None
     mask = batch.loss_mask.double()
-    returns = batch.returns.double()
-    values = 0 if batch.values is None else batch.values.double()
     parts = [mask.sum()]
-    for each in (batch.advantages.double(), returns, returns - values):
+    for each in (batch.advantages.double(), batch.returns.double()):
         parts += [(each * mask).sum(), (each**2 * mask).sum()]
     there = batch.ref_logprobs is not None and batch.old_logprobs is not None
     parts.append(_divergence(batch).double().sum() if there else parts[0] * 0)

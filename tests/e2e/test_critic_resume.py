@@ -14,6 +14,7 @@ PPO = [
     "algorithm=ppo",
     "critic.policy_starts_at_step=3",
     "critic.scale_rewards=true",
+    "critic.normalize_values=true",
     *("algorithm.kl_reward_coef=0.1", "algorithm.kl_reward_target=0.001"),
     "algorithm.kl_reward_horizon=50",
     "checkpoint.every_steps=2",
@@ -35,11 +36,11 @@ def test_a_critic_is_in_the_checkpoint(tmp_path: Path, after: list[str]) -> None
     rows = zip(metrics(parts), metrics(whole), strict=True)
     tolerance = TOLERANCE if after else 0.0
     for found, wanted in rows:
-        for name in ("value_loss", "kl_reward_coef", "reward_scale"):
+        for name in ("value_loss", "kl_reward_coef", "reward_scale", "return_scale"):
             key = f"train/{name}"
             assert found[key] == pytest.approx(wanted[key], abs=tolerance)
     assert largest_difference(weights(parts), weights(whole)) <= tolerance
     first, last = metrics(whole)[0], metrics(whole)[-1]
-    for name in ("train/kl_reward_coef", "train/reward_scale"):
+    for name in ("train/kl_reward_coef", "train/reward_scale", "train/return_scale"):
         assert first[name] != last[name]
     assert first["train/lr"] == 0 < last["train/lr"]
