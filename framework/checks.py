@@ -248,6 +248,11 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"warm_start.batch_size={config.warm_start.batch_size}: fewer demonstrations than "
             f"parallel.dp={parallel.dp}"
         )
+    if config.stage == "rl" and rollout.keep_share < 1 and rollout.samples_per_prompt < 2:
+        yield (
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt}: rollout.keep_share="
+            f"{rollout.keep_share:g} chooses groups by how their rewards differ; at least 2"
+        )
     groups = num_kept(rollout.prompts_per_step, rollout.keep_share)
     samples = groups * rollout.samples_per_prompt
     if config.stage == "rl" and samples < parallel.dp:

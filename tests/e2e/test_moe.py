@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from runs import drivetrain, metrics, weights
 
 from framework.megatron.parallel import stop_mesh
@@ -39,8 +38,10 @@ def test_a_moe_learns_by_grpo_under_expert_parallelism(tmp_path: Path) -> None:
     assert all((final[name] != start[name]).any() for name in experts)
 
 
-def chosen_otherwise(policy: Any) -> tuple[dict[int, torch.Tensor], Any]:
+def watch_routers(policy: Any) -> tuple[dict[int, torch.Tensor], Any]:
     """What megatron-core's routers send tokens to, by layer, filled at each forward pass."""
+    from megatron.core.transformer.moe.router import TopKRouter  # once our imports made it fit
+
     seen: dict[int, torch.Tensor] = {}
 
     def keep(router: Any, _: Any, output: Any) -> None:
@@ -53,7 +54,7 @@ def chosen_otherwise(policy: Any) -> tuple[dict[int, torch.Tensor], Any]:
 def score(start: Path, samples: list[Sample], replay: str, found: Path) -> None:
     """Per sample: token-layers not computed by the engine's experts, and the log-prob gaps."""
     rank = OneRank(start, replay)
-    seen, hooks = chosen_otherwise(rank.policy)
+    seen, hooks = watch_routers(rank.policy)
     rows = []
     for sample in samples:
         batch = rank.pack(sample)

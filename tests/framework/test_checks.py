@@ -188,6 +188,11 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
         ["parallel.dp=3", "rollout.keep_share=0.05", "rollout.samples_per_prompt=2"],
         ["parallel.dp=3", "(1 * rollout.samples_per_prompt = 2)"],
     ),
+    (
+        "spreads of single samples",
+        ["algorithm=starpo_s", "rollout.samples_per_prompt=1"],
+        ["rollout.samples_per_prompt=1", "rollout.keep_share=0.25 chooses groups by how"],
+    ),
     ("nothing kept", ["rollout.keep_share=0"], ["rollout.keep_share=0.0"]),
     ("more than all kept", ["rollout.keep_share=1.5"], ["rollout.keep_share=1.5", "at most 1"]),
     ("no refills", ["rollout.max_refills=0"], ["rollout.max_refills=0"]),
