@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,11 @@ from framework.preference_checks import is_paired, needs_reference
 from rollout.process import RESTARTS, follow_launcher
 from rollout.run_dir import RunDir
 from rollout.watchdog import dump_stacks_on_signal
+
+if TYPE_CHECKING:
+    from framework.megatron.model import Policy
+    from framework.megatron.parallel import Mesh
+    from megatron_bridge.export_plan import ExportPlan
 
 
 def main() -> None:
@@ -72,7 +77,6 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     from framework.weight_sync.connect import connect_engines, open_weight_sync
     from megatron_bridge.export_plan import ExportPlan
     from megatron_bridge.load import detect_spec
-    from megatron_bridge.save import save_hf
 
     if config.model.dtype == "float32":  # before CUDA starts: Transformer Engine would use TF32
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
@@ -122,14 +126,7 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     trainer.train()
     if sync is not None:
         sync.trainers_turn()
-    policy.sync_parameters()
-    if mesh.rank == 0 and run_dir.hf.exists():  # of the run that this one went on from
-        shutil.rmtree(run_dir.hf)
-    save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
-    if uses_lora(config):
-        if mesh.rank == 0 and run_dir.adapter.exists():
-            shutil.rmtree(run_dir.adapter)
-        save_adapters(policy, config, mesh, run_dir.adapter)
+    save_policy(config, run_dir, mesh, policy, plan)
     if sync is not None:
         if config.rollout.engine.colocated and config.rollout.engine.urls:
             trainer.push(config.num_steps)  # somebody else's engines, and they sleep
@@ -138,6 +135,22 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
         source.finish()
         logger.close()
     stop_mesh()
+
+
+def save_policy(
+    config: RunConfig, run_dir: RunDir, mesh: "Mesh", policy: "Policy", plan: "ExportPlan"
+) -> None:
+    """The final weights to RUN/hf, with adapters also to RUN/adapter; all ranks call it."""
+    from megatron_bridge.save import save_hf
+
+    policy.sync_parameters()
+    if mesh.rank == 0 and run_dir.hf.exists():  # of the run that this one went on from
+        shutil.rmtree(run_dir.hf)
+    save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
+    if uses_lora(config):
+        if mesh.rank == 0 and run_dir.adapter.exists():
+            shutil.rmtree(run_dir.adapter)
+        save_adapters(policy, config, mesh, run_dir.adapter)
 
 
 def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tuple[Any, Any]:

@@ -115,29 +115,22 @@ def pack_microbatch(
     """
     cp = mesh.layout.cp
     multiple = 2 * cp if cp > 1 else 1
+    rows = [_sequence(samples[i], advantages[i], token_weight[i], step) for i in indices]
+    if teacher_top_k:
+        for row, i in zip(rows, indices, strict=True):
+            row |= teacher_columns(samples[i], teacher_top_k)
     wide = {name: (teacher_top_k,) for name in TEACHER_COLUMNS if teacher_top_k}
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*COLUMNS, *REAL_COLUMNS, *wide)}
-    cu_seqlens = [0]
-    for i in indices:
-        sample = samples[i]
-        length = len(sample.tokens)
-        padded = -(-length // multiple) * multiple
-        row = _sequence(sample, advantages[i], token_weight[i], step)
-        if teacher_top_k:
-            row |= teacher_columns(sample, teacher_top_k)
-        for name, values in row.items():
-            columns[name].append(torch.nn.functional.pad(values, (0, padded - length)))
-        cu_seqlens.append(cu_seqlens[-1] + padded)
+    columns, cu_seqlens = _end_to_end(rows, multiple, wide)
     # Sequence parallelism cuts each rank's tokens by tp; an empty micro-batch needs some as well.
-    shares = cp * (mesh.layout.tp if sequence_parallel else 1)
-    whole = math.lcm(multiple * (mesh.layout.tp if sequence_parallel else 1), shares * token_grain)
+    parts = mesh.layout.tp if sequence_parallel else 1
+    whole = math.lcm(multiple * parts, cp * parts * token_grain)
     filler = -cu_seqlens[-1] % whole if cu_seqlens[-1] else whole
     if filler:
-        for name, parts in columns.items():
+        for name, pieces in columns.items():
             dtype = torch.int64 if name in (*COLUMNS, "teacher_ids") else torch.float32
-            parts.append(torch.zeros((*wide.get(name, ()), filler), dtype=dtype))
+            pieces.append(torch.zeros((*wide.get(name, ()), filler), dtype=dtype))
         cu_seqlens.append(cu_seqlens[-1] + filler)
-    packed = {name: torch.cat(parts, dim=-1) for name, parts in columns.items()}
+    packed = {name: torch.cat(pieces, dim=-1) for name, pieces in columns.items()}
     starts = torch.tensor(cu_seqlens, dtype=torch.int32)
     sizes = starts.diff()
     packed["position_ids"] = torch.arange(cu_seqlens[-1]) - starts[:-1].repeat_interleave(sizes)
@@ -165,6 +158,21 @@ def pack_microbatch(
         ),
         **{name: values.to(mesh.device) for name, values in packed.items()},
     )
+
+
+def _end_to_end(
+    rows: Sequence[dict[str, torch.Tensor]], multiple: int, wide: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, list[torch.Tensor]], list[int]]:
+    """Each column's pieces, padded to the multiple, and where sequences begin and end."""
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in (*COLUMNS, *REAL_COLUMNS, *wide)}
+    cu_seqlens = [0]
+    for row in rows:
+        length = len(row["tokens"])
+        padded = -(-length // multiple) * multiple
+        for name, values in row.items():
+            columns[name].append(torch.nn.functional.pad(values, (0, padded - length)))
+        cu_seqlens.append(cu_seqlens[-1] + padded)
+    return columns, cu_seqlens
 
 
 def _sequence(
