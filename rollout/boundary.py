@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeVar
@@ -9,10 +10,11 @@ from typing import TypeVar
 import numpy as np
 
 from rollout.bounds import Bound
-from rollout.environments.base import ROLES, Message, is_message
+from rollout.environments.base import ROLES, Environment, Message, is_message
 from rollout.types import Sample, Status
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class EpisodeError(Exception):
@@ -50,6 +52,14 @@ async def guarded(
             if bound.expired():
                 raise EpisodeError(f"{what}: no answer within {limit_s:g} s") from None
             raise
+
+
+def close_environment(environment: Environment) -> None:
+    """Its episode is over; where it fails to give up what it holds, that is told."""
+    try:
+        environment.close()
+    except (Exception, SystemExit) as error:  # somebody else's code
+        logger.warning("%s.close: %s: %s", type(environment).__name__, type(error).__name__, error)
 
 
 def check_messages(messages: Iterable[Message]) -> None:

@@ -11,9 +11,10 @@ import msgspec
 from rollout.client import EngineFailure
 from rollout.data import PromptStream
 from rollout.eval_sets import EvalSettings, summarize
-from rollout.generate import Episode, Generator, run_together
+from rollout.generate import Episode, Generator
 from rollout.journal import trim_lines
 from rollout.seeds import derive_seed
+from rollout.together import run_together
 from rollout.tokens import Chat
 from rollout.types import EvalResult, Sample, Status
 

@@ -7,10 +7,9 @@ This is the boundary at which a failing environment or reward becomes a counted 
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rollout.agents.engine import (
     AgentTask,
@@ -20,33 +19,28 @@ from rollout.agents.engine import (
     check_version,
     replies_of,
 )
-from rollout.boundary import EpisodeError, boundary, check_messages, failed_sample, guarded
+from rollout.boundary import (
+    EpisodeError,
+    boundary,
+    check_messages,
+    close_environment,
+    failed_sample,
+    guarded,
+)
 from rollout.client import EngineClient, EngineRefusal, Generation
 from rollout.config import SamplingConfig
 from rollout.environments import Environment
 from rollout.prompt_bound import PromptBound
 from rollout.rewards import GroupReward, RewardFunction, Task
-from rollout.scoring import Played, score, score_group
+from rollout.scoring import Played, number_samples, score, score_group
 from rollout.seeds import derive_seed
 from rollout.teacher import Teacher
+from rollout.together import run_together
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample, Status
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-async def run_together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; the first failure cancels the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(call) for call in calls]
-    except ExceptionGroup as failures:
-        first: Exception = failures
-        while isinstance(first, ExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
-    return [task.result() for task in tasks]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,7 +85,11 @@ class Generator:
         `version`: the least one their tokens may have.
         Raises EngineFailure; failures of environments and rewards are statuses of the samples.
         """
-        samples = await self._samples(episodes, version)
+        try:
+            samples = await self._samples(episodes, version)
+        finally:
+            for episode in episodes:  # also of those that never began
+                close_environment(episode.environment)
         return samples if self.teacher is None else await self.teacher.score(samples)
 
     async def _samples(self, episodes: list[Episode], version: int) -> list[Sample]:
@@ -105,7 +103,7 @@ class Generator:
         samples = [each.sample for each in played]
         for sample in samples:
             sample.turn_rewards = [self.environment_weight * each for each in sample.turn_rewards]
-        return samples if self.play is None else _numbered(samples)
+        return samples if self.play is None else number_samples(samples)
 
     async def _converse_all(self, episodes: list[Episode], version: int) -> list[Played]:
         prompts = await asyncio.gather(*(self._prompt(episode) for episode in episodes))
@@ -171,6 +169,8 @@ class Generator:
             played = await self._score(sample, task)
         except EpisodeError as error:
             return self._lost(episode, transcript, str(error))
+        finally:
+            close_environment(episode.environment)
         sample.check()
         return played
 
@@ -231,6 +231,8 @@ class Generator:
                 played.append(await self._score(sample, scored))
         except EpisodeError as error:
             played = [self._lost(episode, self._nothing(), str(error))]
+        finally:
+            close_environment(episode.environment)
         if engine.failure is not None:
             raise engine.failure
         return played
@@ -298,12 +300,3 @@ class Generator:
     def _failed(self, sample: Sample, reason: str) -> Sample:
         logger.warning("sample %d/%d failed: %s", sample.group_id, sample.index, reason)
         return failed_sample(sample, reason)
-
-
-def _numbered(samples: list[Sample]) -> list[Sample]:
-    """Places in their groups, in order: an episode may have given several samples."""
-    places: Counter[int] = Counter()
-    for sample in samples:
-        sample.index = places[sample.group_id]
-        places[sample.group_id] += 1
-    return samples

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from rollout.boundary import failed_sample
-from rollout.generate import Episode, Generator, run_together
+from rollout.generate import Episode, Generator
+from rollout.together import run_together
 from rollout.types import Sample, Status
 
 

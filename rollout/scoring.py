@@ -1,5 +1,6 @@
 """Rewards into samples: of each as its episode ends, or of all of a group together."""
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -56,3 +57,12 @@ def write(sample: Sample, reward: Reward) -> None:
     for name, value in {"reward": sample.reward, **sample.rewards}.items():
         if not np.isfinite(value):
             raise EpisodeError(f"{name} is {value}")
+
+
+def number_samples(samples: list[Sample]) -> list[Sample]:
+    """Places in their groups, in order: an episode may have given several samples."""
+    places: Counter[int] = Counter()
+    for sample in samples:
+        sample.index = places[sample.group_id]
+        places[sample.group_id] += 1
+    return samples

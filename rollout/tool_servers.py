@@ -20,8 +20,13 @@ _PROBE_S = 5.0
 """How long a server that left a call without an answer may take to list its tools."""
 _MAX_PAGES = 20
 _MAX_SCHEMA_BYTES = 1 << 16
+_NO_MCP = "Server returned an error response"
+"""The SDK's words for a status that is no answer of an MCP server, such as a proxy's 502."""
 _MAX_RESULT = 20_000
 """Characters of a result that the policy is told."""
+
+
+_held: set[asyncio.Task[None]] = set()
 
 
 class ToolServerError(RuntimeError):
@@ -40,6 +45,8 @@ class ServerSpec:
     """Environment of a command beyond PATH, HOME and their like."""
     start_timeout_s: float = 30.0
     call_timeout_s: float = 20.0
+    own_session: bool = False
+    """Of one episode: what the server keeps is kept for it alone, and lost with its session."""
 
     @property
     def name(self) -> str:
@@ -59,6 +66,8 @@ class _Connection:
         self.probe: asyncio.Task[None] | None = None
         """Whether it still answers; nobody calls it meanwhile."""
         self._task = asyncio.create_task(self._hold(spec), name=f"tool server {spec.name}")
+        _held.add(self._task)  # tasks that nobody refers to may vanish before they have ended
+        self._task.add_done_callback(_held.discard)
 
     @property
     def is_over(self) -> bool:
@@ -71,7 +80,8 @@ class _Connection:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(spec.start_timeout_s):
                     self.client = await _connect(spec, stack)
-                    schemas = await _list_tools(self.client)
+                    # One of an episode is not asked: its schemas are those of the shared one.
+                    schemas = {} if spec.own_session else await _list_tools(self.client)
                 self.opened.set_result(schemas)
                 await self.end.wait()
         except TimeoutError:
@@ -113,7 +123,9 @@ async def _connect(spec: ServerSpec, stack: contextlib.AsyncExitStack) -> Any:
         transport = streamable_http_client(
             spec.url, http_client=await stack.enter_async_context(http)
         )
-    return await stack.enter_async_context(Client(transport))
+    # The protocol of 2026 knows no sessions: that of before does.
+    mode = "legacy" if spec.own_session else "auto"
+    return await stack.enter_async_context(Client(transport, mode=mode))
 
 
 async def _list_tools(client: Any) -> dict[str, dict[str, Any]]:
@@ -168,6 +180,7 @@ class ToolServer:
         from mcp import MCPError
         from mcp_types import (
             CONNECTION_CLOSED,
+            INVALID_REQUEST,
             PARSE_ERROR,
             REQUEST_TIMEOUT,
             CallToolRequest,
@@ -186,7 +199,9 @@ class ToolServer:
             )
             answered = True
         except MCPError as error:
-            answered = error.code not in (CONNECTION_CLOSED, PARSE_ERROR, REQUEST_TIMEOUT)
+            # Requests are ours, so an invalid one is of a session that the server forgot.
+            lost = (CONNECTION_CLOSED, INVALID_REQUEST, PARSE_ERROR, REQUEST_TIMEOUT)
+            answered = error.code not in lost and str(error) != _NO_MCP
             if answered:
                 return f"error: {error}"
             why = f"no answer within {bound:g} s" if error.code == REQUEST_TIMEOUT else str(error)
@@ -203,12 +218,19 @@ class ToolServer:
         )
         return f"{'error: ' if result.is_error else ''}{text[:_MAX_RESULT]}"
 
+    def end(self) -> None:
+        """Its session ends, in a moment; of a command so does the process. May be called again."""
+        if self._connection is not None:
+            self._connection.end.set()
+
     async def _open(self) -> _Connection:
         """The connection of the running loop, when it is open; another one where it is over."""
         found, loop = self._connection, asyncio.get_running_loop()
         if found is not None and found.loop is loop and found.probe is not None:
             await asyncio.shield(found.probe)
         found = self._connection
+        if self._spec.own_session and found is not None and found.is_over:
+            raise ToolServerError(f"{self._spec.name}: the session of this episode is over")
         if found is None or found.loop is not loop or found.is_over:
             self._connection = found = _Connection(self._spec)
         await asyncio.shield(found.opened)

@@ -70,6 +70,10 @@ class Environment(ABC):
     async def step(self, reply: str) -> EnvironmentStep:
         """The policy's reply as text, without its end token. Not called for a truncated reply."""
 
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """The episode is over, however it ended: give up what is held beyond memory (a session, a
+        process). Returns at once; may be called again, or where nothing was begun."""
+
     @abstractmethod
     def identity(self) -> str:
         """What distinguishes this prompt (its initial state) from others, cheap to compute."""

@@ -8,12 +8,15 @@ Needs the package `mcp`.
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 from rollout.environments.base import Environment, EnvironmentStep, Message
-from rollout.tool_servers import ServerSpec, tool_server
+from rollout.tool_servers import ServerSpec, ToolServer, tool_server
 from rollout.tools import CALL, read_call, tools_prompt
+
+SESSIONS = ("server", "episode")
 
 
 class McpEnvironment(Environment):
@@ -21,8 +24,8 @@ class McpEnvironment(Environment):
 
     Schemas go into the system message and calls are written as for data.args.tools of jsonl. What
     is wrong with a call, and errors of a tool, are told to the policy; a server that dies or does
-    not answer costs its sample, and is started again. All episodes share one server: it should
-    keep nothing between calls.
+    not answer costs its sample, and is started again. All episodes share one server, which should
+    keep nothing between calls; with session=episode each that calls has one of its own.
     """
 
     def __init__(
@@ -37,33 +40,39 @@ class McpEnvironment(Environment):
         variables: Mapping[str, str] | None = None,
         tools: Sequence[str] = (),
         max_calls: int = 4,
+        session: str = "server",
         start_timeout_s: float = 30.0,
         call_timeout_s: float = 20.0,
     ) -> None:
         """task, args: as data.task and data.args would be without tools. command: starts a server
         that talks over its stdin and stdout, with `variables` in its environment; or url (and
         api_key): of one that is there (streamable HTTP). tools: those offered; none named: all. The
-        policy may call in at most max_calls of its replies. start_timeout_s, call_timeout_s: of the
+        policy may call in at most max_calls of its replies. session: `server`, one for all, or
+        `episode`: begun by an episode's first call (a command is started then), ended with it.
+        start_timeout_s, call_timeout_s: of the
         server's start and of each call."""
         if max_calls < 1:
             raise ValueError(f"data.args.max_calls={max_calls}: must be at least 1")
         for key, value in (("start", start_timeout_s), ("call", call_timeout_s)):
             if not 0 < value < float("inf"):
                 raise ValueError(f"data.args.{key}_timeout_s={value}: must be more than 0")
+        if session not in SESSIONS:
+            raise ValueError(f"data.args.session={session}: must be one of {', '.join(SESSIONS)}")
         _check_address(command, url)
         self._task = _find(task)(seed=seed, **(args or {}))
         self._wanted = list(tools)
         self._calls_left = max_calls
-        self._server = tool_server(
-            ServerSpec(
-                command=tuple(command),
-                url=url,
-                api_key=api_key,
-                variables=tuple(sorted((variables or {}).items())),
-                start_timeout_s=start_timeout_s,
-                call_timeout_s=call_timeout_s,
-            )
+        spec = ServerSpec(
+            command=tuple(command),
+            url=url,
+            api_key=api_key,
+            variables=tuple(sorted((variables or {}).items())),
+            start_timeout_s=start_timeout_s,
+            call_timeout_s=call_timeout_s,
         )
+        self._server = self._called = tool_server(spec)
+        if session == "episode":
+            self._called = ToolServer(replace(spec, own_session=True))
 
     @property
     def hold_out(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -105,7 +114,13 @@ class McpEnvironment(Environment):
                 raise ValueError(f"arguments are {arguments!r:.60}; an object is wanted")
         except ValueError as error:
             return f"error: {error}"
-        return await self._server.call(name, arguments)
+        return await self._called.call(name, arguments)
+
+    def close(self) -> None:
+        """The episode's own session, and what the task holds."""
+        if self._called is not self._server:
+            self._called.end()
+        self._task.close()
 
     def identity(self) -> str:
         """The task's."""

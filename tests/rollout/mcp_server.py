@@ -1,6 +1,7 @@
 """A calculator as an MCP server, over stdin and stdout, and what may go wrong with a server."""
 
 import asyncio
+import itertools
 import os
 import subprocess
 
@@ -10,6 +11,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from rollout.environments.arithmetic import evaluate
 
 server = MCPServer("calculator")
+_calls = itertools.count(1)
 
 
 @server.tool()
@@ -40,6 +42,12 @@ def processes() -> str:
 def die() -> str:
     """Ends the server in the middle of the call."""
     os._exit(3)
+
+
+@server.tool()
+def count() -> str:
+    """How often it was called in this process."""
+    return str(next(_calls))
 
 
 if __name__ == "__main__":

@@ -255,6 +255,35 @@ def test_a_reward_that_waits_for_its_turn_is_not_late(chat, alone):
     assert [sample.reward for sample in samples] == [1.0] * 8
 
 
+class HeldEnvironment(EchoEnvironment):
+    """Counts how often it was given up."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.trouble == "close":
+            raise OSError("cannot let go")
+
+
+class GoneClient(ScriptedClient):
+    async def generate(self, *given, **named):
+        raise EngineFailure("all engines are gone")
+
+
+@pytest.mark.parametrize("trouble", ["", "prompt", "raises", "hangs", "close"])
+def test_environments_are_closed_however_their_episodes_end(chat, trouble):
+    environment = HeldEnvironment(seed=0, trouble=trouble)
+    (sample,), _ = run(chat, [environment])
+    assert environment.closed > 0
+    assert (sample.status is Status.FAILED) == (trouble in ("prompt", "raises", "hangs"))
+    if not trouble:
+        held = HeldEnvironment(seed=0)
+        with pytest.raises(EngineFailure):
+            run(chat, [held], client=GoneClient(chat, last_question))
+        assert held.closed > 0
+
+
 def of_groups(rewards: Callable[[list[Task]], list[Reward]]) -> tuple[GroupReward, list[int]]:
     """A reward of whole groups, and how many samples each of its calls has had."""
     sizes = []

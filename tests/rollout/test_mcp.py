@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import itertools
 import json
 import socket
 import subprocess
@@ -24,7 +25,8 @@ from starlette.routing import Route
 from rollout import tool_servers
 from rollout.config import DataConfig
 from rollout.data import PromptStream
-from rollout.tool_servers import ServerSpec, ToolServerError, tool_server
+from rollout.environments.base import Environment
+from rollout.tool_servers import ServerSpec, ToolServer, ToolServerError, tool_server
 from tests.rollout.mcp_server import server
 
 HERE = Path(__file__).parent
@@ -83,7 +85,7 @@ def test_a_task_is_played_with_the_tools_of_a_server(tmp_path):
         assert "no expression" in wrong
         assert refused.startswith("error: ")
         for text, said in (
-            ("[1]", "error: a name of calculate, hang, processes, die is wanted"),
+            ("[1]", "error: a name of calculate, hang, processes, die, count is wanted"),
             ('{"name": "calculate", "arguments": [1]}', "error: arguments are [1]; an object"),
             ("calculate(1)", "error: no JSON"),
         ):
@@ -141,6 +143,108 @@ def test_a_server_that_is_somewhere_is_asked_over_http_with_its_key():
     with served(guarded) as url:
         asyncio.run(ask(url))
     assert keys == {b"Bearer sesame"}
+
+
+def test_episodes_may_have_servers_of_their_own_which_end_with_them(tmp_path):
+    async def play() -> list[int]:
+        async def ask(environment: Environment, tool: str) -> str:
+            (message,) = (await environment.step(call(json.dumps({"name": tool})))).messages
+            return message["content"]
+
+        prompts = stream(tmp_path, max_calls=9, session="episode")
+        one, other, idle = prompts.environments(0, 3)
+        for each in (one, other, idle):  # for the schemas the shared one is asked
+            await each.initial_messages()
+        (shared,) = psutil.Process().children()
+        assert [await ask(one, "count") for _ in range(3)] == ["1", "2", "3"]
+        assert await ask(other, "count") == "1"
+        assert len(psutil.Process().children()) == 3
+        pids = [int(pid) for each in (one, other) for pid in (await ask(each, "processes")).split()]
+        for each in (one, one, idle):
+            each.close()
+        assert await ask(other, "count") == "2"
+        assert await asyncio.to_thread(gone, *pids[:2])
+        with pytest.raises(ToolServerError, match="the session of this episode is over"):
+            await ask(one, "count")
+        with pytest.raises(ToolServerError, match="Connection closed"):
+            await ask(other, "die")
+        with pytest.raises(ToolServerError, match="the session of this episode is over"):
+            await ask(other, "count")  # what it had counted is lost: nobody goes on with another
+        assert alive(shared.pid)
+        return pids
+
+    assert gone(*asyncio.run(play()))
+
+
+def test_sessions_at_a_server_that_is_somewhere_are_begun_and_ended():
+    app, begun, ended = server.streamable_http_app(), set(), set()
+    all_ended = threading.Event()
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        ids = {v for k, v in scope.get("headers", []) if k == b"mcp-session-id"}
+        begun.update(ids)
+        if scope.get("method") == "DELETE":
+            ended.update(ids)
+            if len(ended) == 2:
+                all_ended.set()
+        await app(scope, receive, send)
+
+    async def ask(url: str) -> None:
+        sessions = [ToolServer(ServerSpec(url=url, own_session=True)) for _ in range(2)]
+        for each in sessions * 2:
+            assert await each.call("calculate", {"expression": "6*7"}) == "42"
+        assert (len(begun), len(ended)) == (2, 0)
+        for each in sessions:
+            each.end()
+        await asyncio.to_thread(all_ended.wait, 10)
+
+    with served(watched) as url:
+        asyncio.run(ask(url))
+    assert begun == ended
+
+
+async def forgetful(request: Request) -> Response:
+    """An MCP server that forgets its sessions after the first call, as one that starts again."""
+    if request.method != "POST":
+        return Response(status_code=405)
+    asked = await request.json()
+    known, given = request.app.state, request.headers.get("mcp-session-id")
+    headers = {}
+    if asked["method"] == "server/discover":
+        answer: dict[str, Any] = {"error": UNKNOWN}
+    elif asked["method"] == "initialize":
+        known.session = str(next(known.numbers))
+        headers = {"mcp-session-id": known.session}
+        result = {"protocolVersion": "2025-06-18", "capabilities": {}}
+        answer = {"result": {**result, "serverInfo": {"name": "forgets", "version": "1"}}}
+    elif given != known.session:
+        return Response("gone", status_code=404)
+    elif "id" not in asked:
+        return Response(status_code=202)
+    elif asked["method"] == "tools/list":
+        answer = {"result": {"tools": [{"name": "say", "inputSchema": {"type": "object"}}]}}
+    else:
+        answer = {"result": {"content": [{"type": "text", "text": known.session}]}}
+        known.session = ""
+    reply = json.dumps({"jsonrpc": "2.0", "id": asked["id"], **answer})
+    return Response(reply, media_type="application/json", headers=headers)
+
+
+def test_a_session_that_the_server_forgot_is_begun_again():
+    """It costs one sample, and no policy is told that it was its fault."""
+
+    async def ask(url: str) -> None:
+        shared = tool_server(ServerSpec(url=url))
+        for number in ("1", "2"):
+            assert await shared.call("say", {}) == number
+            with pytest.raises(ToolServerError, match="say: Session terminated"):
+                await shared.call("say", {})
+
+    routes = [Route("/mcp", forgetful, methods=["GET", "POST", "DELETE"])]
+    app = Starlette(routes=routes)
+    app.state.session, app.state.numbers = "", itertools.count(1)
+    with served(app) as url:
+        asyncio.run(ask(url))
 
 
 async def flooding(request: Request) -> Response:
@@ -301,6 +405,7 @@ def test_what_a_server_says_beside_its_answers_does_no_harm(how):
         ({"task": ""}, "names no task"),
         ({"task": "sport"}, "data.args.task=sport"),
         ({"max_calls": 0}, "max_calls=0"),
+        ({"session": "group"}, "session=group: must be one of server, episode"),
         ({"call_timeout_s": 0}, "call_timeout_s=0"),
         ({"args": {}}, "data.args.path: names no file"),
     ],
