@@ -16,6 +16,10 @@ from rollout.types import Sample, Status
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+_CLEAR_UP_S = 5.0
+_left: set[asyncio.Task] = set()
+"""Calls that were given up and have not ended: the event loop alone would let go of them."""
+
 
 class EpisodeError(Exception):
     """Environment or reward failed, or nobody can answer; the message says how."""
@@ -41,17 +45,44 @@ async def guarded(
     call: Awaitable[T], what: str, limit_s: float, places: asyncio.Semaphore | None = None
 ) -> T:
     """What foreign code gives within limit_s; else EpisodeError. It has one of the places, and the
-    wait for that is not its time."""
+    wait for that is not its time.
+
+    It runs as a task of its own: code that is cancelled may clear up for a moment, and one that
+    takes no notice (`except:` in a loop) is left alone then, and holds up nobody.
+    """
+
+    async def contained() -> T:
+        with boundary(what):
+            return await call
+
     async with places or contextlib.nullcontext():
-        bound = Bound(limit_s)
         try:
-            with boundary(what):
-                async with bound:
-                    return await call
-        except EpisodeError:
-            if bound.expired():
-                raise EpisodeError(f"{what}: no answer within {limit_s:g} s") from None
-            raise
+            async with Bound(limit_s):  # the task must know it, for off_the_clock
+                task = asyncio.create_task(contained())
+                try:
+                    await asyncio.wait({task})
+                finally:
+                    await _end(task)
+        except TimeoutError:
+            raise EpisodeError(f"{what}: no answer within {limit_s:g} s") from None
+        return task.result()
+
+
+async def _end(task: asyncio.Task) -> None:
+    if task.done():
+        return
+    _left.add(task)
+    task.add_done_callback(_forget)
+    task.cancel()
+    await asyncio.wait({task}, timeout=_CLEAR_UP_S)
+    if not task.done():
+        logger.warning("a call that was given up takes no notice: %r", task)
+
+
+def _forget(task: asyncio.Task) -> None:
+    _left.discard(task)
+    if not task.cancelled():
+        task.exception()  # nobody asks what came of it
 
 
 def close_environment(environment: Environment) -> None:

@@ -258,15 +258,6 @@ class Producer:
                 group_id=lease.group_id, start_version=lease.start_version, samples=samples
             )
             why = domain.filters.reason(group)
-        except (EngineFailure, FilterFailure) as error:
-            self._fail(str(error))
-        except Exception as error:
-            # The environment boundary: its constructor is foreign code. Whatever ended this group
-            # must reach the trainers as the reason; they would wait for it otherwise.
-            logger.exception("group %d", lease.group_id)
-            of = f" of {domain.name}" if domain.name else ""
-            self._fail(f"group {lease.group_id}{of}: {type(error).__name__}: {error}")
-        else:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # aborted; foreign code would not be ended
                 return
@@ -274,6 +265,14 @@ class Producer:
                 self._drop(domain, group, why)
             else:
                 self.buffer.accept(group, domain.name)
+        except (EngineFailure, FilterFailure) as error:
+            self._fail(str(error))
+        except Exception as error:
+            # The environment boundary: its constructor is foreign code. Whatever ended this group,
+            # a fault of our own too, must reach the trainers: they would wait for it otherwise.
+            logger.exception("group %d", lease.group_id)
+            of = f" of {domain.name}" if domain.name else ""
+            self._fail(f"group {lease.group_id}{of}: {type(error).__name__}: {error}")
         async with self._changed:
             self._changed.notify_all()
 

@@ -67,7 +67,12 @@ class Service:
                 return await handler(request)
             except Refused as error:
                 return _line(error.status, str(error))
-            except (ProducerFailure, EngineFailure, ValueError) as error:
+            except (
+                ProducerFailure,
+                EngineFailure,
+                OSError,
+                ValueError,
+            ) as error:  # a full disk, too
                 return _line(500, str(error))
 
         return endpoint

@@ -217,7 +217,10 @@ class BufferClient:
             self._http.base_url = self._url
         if self._version is not None and path not in ("/version", "/restore", "/finish"):
             with contextlib.suppress(httpx.TransportError):
-                self._http.post("/version", content=encode(VersionRequest(version=self._version)))
+                told = encode(VersionRequest(version=self._version))
+                reply = self._http.post("/version", content=told)
+                if reply.status_code != 200:  # it would start nothing, and we wait in vain
+                    raise RolloutFailure(f"/version: {reply.text or reply.status_code}")
 
 
 class JournalSource:

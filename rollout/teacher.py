@@ -5,20 +5,25 @@ log-probs travel with the samples (arXiv 2306.13649; framework/algorithm/tokens/
 """
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import msgspec
 import numpy as np
 
-from rollout.client import EngineClient, check_not_aborted
+from rollout.boundary import failed_sample
+from rollout.client import EngineClient, EngineRefusal, check_not_aborted
 from rollout.config import RolloutConfig
 from rollout.engine_reply import SCORED_BYTES, SEQUENCE_BYTES, Finish
 from rollout.reply_numbers import Logprob, TokenId
 from rollout.side_models import SideModels
 from rollout.teacher_tokenizer import check_tokenizer
+from rollout.together import run_together
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
@@ -80,16 +85,35 @@ class Teacher:
 
     async def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with teacher_logprobs, and teacher_top_ids and teacher_top_logprobs where the
-        likeliest tokens are wanted; those that failed, which train nothing, get zeros.
+        likeliest tokens are wanted; those that failed, which train nothing, get zeros. One that the
+        teacher refuses fails.
 
         Raises EngineFailure where the teacher gives no answer within its bounds.
         """
-        asked = [sample for sample in samples if sample.status is not Status.FAILED]
-        found = {id(s): row for s, row in zip(asked, await self._ask(asked), strict=True)}
-        for sample in samples:
-            if id(sample) not in found:
-                found[id(sample)] = _zeros(sample, self._top_k)
-        return [replace(sample, **found[id(sample)]) for sample in samples]
+        asked = [k for k, sample in enumerate(samples) if sample.status is not Status.FAILED]
+        found: dict[int, dict[str, np.ndarray] | EngineRefusal] = dict(
+            zip(asked, await self._told([samples[k] for k in asked]), strict=True)
+        )
+        scored = []
+        for k, sample in enumerate(samples):
+            row = found.get(k)
+            if isinstance(row, EngineRefusal):
+                sample = failed_sample(sample, str(row))
+                logger.warning("sample %d/%d failed: %s", sample.group_id, sample.index, row)
+            fields = row if isinstance(row, dict) else _zeros(sample, self._top_k)
+            scored.append(replace(sample, **fields))
+        return scored
+
+    async def _told(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray] | EngineRefusal]:
+        """In order. What the teacher does not take, being longer than its context, costs its own
+        sample."""
+        try:
+            return [*await self._ask(samples)]
+        except EngineRefusal as error:
+            if len(samples) == 1:
+                return [error]
+        alone = await run_together(self._told([sample]) for sample in samples)
+        return [row for (row,) in alone]
 
     async def _ask(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
         """Fields of each sample: log p(token | all before it), 0 where the policy did not write it,

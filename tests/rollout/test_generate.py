@@ -255,6 +255,27 @@ def test_a_reward_that_waits_for_its_turn_is_not_late(chat, alone):
     assert [sample.reward for sample in samples] == [1.0] * 8
 
 
+class StubbornEnvironment(EchoEnvironment):
+    """Takes no notice of being cancelled, as `except:` in a loop of retries does; once, for the
+    test has to end."""
+
+    async def step(self, reply: str) -> EnvironmentStep:
+        try:
+            await asyncio.sleep(3600)
+        except BaseException:
+            await asyncio.sleep(3600)
+        return EnvironmentStep()
+
+
+@pytest.mark.timeout(20, func_only=True)
+def test_what_cannot_be_cancelled_holds_up_nobody(chat, monkeypatch):
+    monkeypatch.setattr("rollout.boundary._CLEAR_UP_S", 0.2)
+    environments = [EchoEnvironment(seed=0), StubbornEnvironment(seed=0)]
+    (good, bad), _ = run(chat, environments, places=asyncio.Semaphore(1))
+    assert (good.status, good.reward) == (Status.STOPPED, 2.0)
+    assert bad.metadata["error"] == "step: no answer within 0.2 s"
+
+
 class HeldEnvironment(EchoEnvironment):
     """Counts how often it was given up."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from rollout.buffer import DataBuffer
 from rollout.journal import list_steps, read_step
-from rollout.source import BufferClient, RolloutGone
+from rollout.source import BufferClient, RolloutFailure, RolloutGone
 from rollout.types import Group
 from tests.rollout.conftest import TOKEN, serving
 
@@ -94,3 +94,23 @@ def test_an_outline_starts_finished_groups_again():
     buffer.give_back_all()
     assert buffer.num_running == 0
     assert [lease.group_id for _ in range(2) if (lease := buffer.lease())] == [0, 2]
+
+
+def test_a_next_process_that_refuses_our_version_is_no_silent_wait(chat, tmp_path):
+    """It would start no group, and trainers wait for a batch until they give up."""
+    where: list[str] = []
+    source = BufferClient(
+        "http://127.0.0.1:9", TOKEN, 20.0, find_url=lambda: where[-1] if where else None
+    )
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    with serving(chat, tmp_path / "full") as first:
+        where.append(first.url)
+        source.publish(0)
+        source.take(0)
+        first.client.version = 1
+        source.publish(1)
+    with serving(chat, tmp_path / "empty") as other:  # another journal: it is at step 0
+        where.append(other.url)
+        with pytest.raises(RolloutFailure, match="/version: version is 1: it comes after step 0"):
+            source.take(1)

@@ -161,6 +161,30 @@ def test_a_task_that_cannot_even_start_is_reported(running, monkeypatch):
         source.take(0)
 
 
+def test_a_fault_of_our_own_is_told_to_those_who_wait(running, monkeypatch):
+    def explode(*arguments: object) -> None:
+        raise LookupError("no such place")
+
+    monkeypatch.setattr(running.service._producer.buffer, "accept", explode)
+    source = running.source()
+    source.publish(0)
+    start = time.monotonic()
+    with pytest.raises(RolloutFailure, match=r"group \d: LookupError: no such place"):
+        source.take(0)
+    assert time.monotonic() - start < 10, "they were told when their poll was over"
+
+
+def test_an_evaluation_that_cannot_be_written_says_why(running, monkeypatch):
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rollout.evaluate.Evaluator._write", full)
+    source = running.source()
+    source.publish(0)
+    with pytest.raises(RolloutFailure, match=r"/evaluate: no space left on device"):
+        source.evaluate(0)
+
+
 def test_a_rank_that_asks_while_the_step_is_being_written_waits(running, monkeypatch):
     def slow(*arguments) -> None:
         time.sleep(0.5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from framework.overlong import shorten_sample
 from framework.tiny_model import _tokenizer
@@ -96,6 +97,40 @@ def test_every_sample_is_scored_from_its_own_tokens_in_one_call():
     assert found[0].teacher_top_ids is None
 
 
+class Narrow(Answers):
+    """A teacher whose context is full with more than 5 tokens."""
+
+    async def handle(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        if max(map(len, body["input_ids"])) > 5:
+            return web.Response(status=400, text="too long for me")
+        return web.json_response([RIGHT] * len(body["input_ids"]))
+
+
+def test_what_the_teacher_does_not_take_costs_its_own_sample_only():
+    long = make_sample(1)
+    long.tokens = np.concatenate([long.tokens[:1], long.tokens])
+    long.prompt_length += 1
+    answers = Narrow()
+    first, bad, last = score(answers, [make_sample(), long, make_sample(2)])
+    assert [len(body["input_ids"]) for body in answers.bodies] == [3, 1, 1, 1]
+    for sample in (first, last):
+        assert sample.status is not Status.FAILED
+        assert sample.teacher_logprobs is not None
+        assert sample.teacher_logprobs.any()
+    assert bad.status is Status.FAILED
+    assert bad.metadata["error"].endswith("status 400: too long for me")
+    assert bad.teacher_logprobs is not None
+    bad.check()
+
+
+def test_a_refusal_in_place_of_a_reply_is_one_too():
+    refusal = {"type": "abort", "status_code": 400, "message": "too long"}
+    (sample,) = score(Answers((200, json.dumps([reply(finish=refusal)]))), [make_sample()])
+    assert sample.metadata["error"].endswith("the engine refuses the request: too long")
+
+
 def test_the_likeliest_tokens_come_with_them_where_they_are_wanted():
     right = reply((None, 2), (-0.5, 5), (-9.0, 6), (-1.5, 7), top=TOP)
     answers = Answers((200, json.dumps([right])))
@@ -150,7 +185,6 @@ def test_likeliest_tokens_that_do_not_fit_are_refused(top: Any, said: str):
             r"e\+38 - at .*input_token_logprobs",
         ),
         ([{"text": ""}], "meta_info"),
-        ([reply(finish={"type": "abort", "status_code": 400, "message": "long"})], "long"),
     ],
 )
 def test_a_reply_that_does_not_fit_is_refused(answer: Any, said: str):
