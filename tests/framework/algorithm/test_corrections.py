@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_losses import log, loss_inputs
 
 from framework.algorithm.corrections import CORRECTIONS
@@ -96,3 +98,75 @@ def test_effective_sample_fraction_by_hand():
         "train/effective_sample_fraction": pytest.approx(0.8)
     }
     assert effective_sample_fraction({}) == {}
+
+
+def token_formula(ratios, policy, advantage):
+    return [min(ratio, 2.0) for ratio in ratios]
+
+
+def masked_formula(ratios, policy, advantage):
+    return [ratio if 0.5 <= ratio <= 2.0 else 0.0 for ratio in ratios]
+
+
+def sequence_formula(ratios, policy, advantage):
+    return [min(math.prod(ratios), 2.0)] * len(ratios)
+
+
+def masked_sequence_formula(ratios, policy, advantage):
+    whole = math.prod(ratios)
+    return [whole if 0.5 <= whole <= 2.0 else 0.0] * len(ratios)
+
+
+def geometric_formula(ratios, policy, advantage):
+    mean = math.prod(ratios) ** (1 / len(ratios))
+    return [ratio if 0.9 <= mean <= 1.2 else 0.0 for ratio in ratios]
+
+
+def opsm_formula(ratios, policy, advantage):
+    divergence = -sum(map(math.log, policy)) / len(policy)
+    return [0.0 if advantage < 0 and divergence > 0.1 else 1.0] * len(ratios)
+
+
+FORMULAS = {
+    "token": (token_formula, {"high": 2.0}),
+    "token mask": (masked_formula, {"low": 0.5, "high": 2.0, "mask": True}),
+    "sequence": (sequence_formula, {"high": 2.0}),
+    "sequence mask": (masked_sequence_formula, {"low": 0.5, "high": 2.0, "mask": True}),
+    "geometric": (geometric_formula, {"low": 0.9, "high": 1.2}),
+    "off_policy_sequence": (opsm_formula, {"max_divergence": 0.1}),
+}
+SEQUENCES = st.lists(
+    st.tuples(
+        st.lists(st.tuples(*[st.floats(0.2, 4.0)] * 2, st.booleans()), min_size=1, max_size=5),
+        st.sampled_from([-1.0, 0.5]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+@settings(max_examples=40, deadline=None)
+@given(sequences=SEQUENCES)
+def test_weights_are_the_formulas_in_sequences_of_any_length(case, sequences):
+    """Old policy and policy over engine, token by token; others' tokens count in no product."""
+    formula, knobs = FORMULAS[case]
+    rows = [(i, *token) for i, (tokens, _) in enumerate(sequences) for token in tokens]
+    ids, old, policy, written = (list(column) for column in zip(*rows, strict=True))
+    inputs = loss_inputs(
+        log(*policy),
+        log(*old),
+        [sequences[i][1] for i in ids],
+        ids,
+        [float(each) for each in written],
+        rollout=[0.0] * len(ids),
+        dtype=torch.float64,
+    )
+    weights = CORRECTIONS[case.split()[0]].bind(knobs)(inputs).weights
+    found = [value for value, keep in zip(weights.tolist(), written, strict=True) if keep]
+    wanted = []
+    for tokens, advantage in sequences:
+        kept = [token for token in tokens if token[2]]
+        if kept:
+            wanted += formula([a for a, _, _ in kept], [b for _, b, _ in kept], advantage)
+    assert found == pytest.approx(wanted, rel=1e-9)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framework.algorithm.critic.inputs import TokenRows, ValuedTokens
@@ -36,6 +36,33 @@ def test_discounted_return_by_hand():
     last = 1 - 0.3
     middle = 0.2 + 0.5 * last
     assert found == pytest.approx([0, -0.1 + 0.5 * middle, middle, 0, last, 1.5], abs=1e-6)
+
+
+TOKENS = st.lists(
+    st.lists(st.tuples(st.booleans(), st.floats(-2, 2)), min_size=1, max_size=7),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TOKENS, st.sampled_from([0.0, 0.5, 0.97, 1.0]))
+def test_discounted_return_agrees_with_a_plain_loop(samples, gamma):
+    """A sample of one token, of none that the policy wrote, of any; whatever others wrote."""
+    earned = [float(i) - 1.5 for i in range(len(samples))]
+    wanted = []
+    for tokens, reward in zip(samples, earned, strict=True):
+        later, last, row = 0.0, True, []
+        for written, penalty in reversed(tokens):
+            if written:
+                later = gamma * later - penalty + reward * last
+                last = False
+            row.append(later if written else 0.0)
+        wanted += row[::-1]
+    mask, penalties = zip(*[token for tokens in samples for token in tokens], strict=True)
+    ids = [i for i, tokens in enumerate(samples) for _ in tokens]
+    found = returns([*map(float, mask)], ids, earned, [*penalties], gamma=gamma)
+    assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_without_a_penalty_every_token_gets_the_reward():
