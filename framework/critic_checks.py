@@ -21,7 +21,7 @@ def uses_critic(config: RunConfig) -> bool:
 def critic_errors(config: RunConfig) -> Iterator[str]:
     """One line for everything that is set for nobody or cannot work."""
     critic, name = config.critic, config.algorithm.advantage
-    if config.stage == "rl":
+    if config.stage == "rl" and "." not in name:  # knobs of the user's own mean what they mean
         for key in ("gamma", "lam", "turn_gamma"):
             value = config.algorithm.advantage_args.get(key, 0)
             if isinstance(value, int | float) and value > 1:

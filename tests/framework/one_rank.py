@@ -20,7 +20,9 @@ from rollout.types import Sample
 class OneRank:
     """A policy with its routers, in this process."""
 
-    def __init__(self, moe_dir: Path, replay: str, recompute: str = "none") -> None:
+    def __init__(
+        self, moe_dir: Path, replay: str, recompute: str = "none", dtype: str = "float32"
+    ) -> None:
         parallel = ParallelConfig()
         self.mesh = start_mesh(parallel, 0)
         load = functools.partial(
@@ -32,7 +34,7 @@ class OneRank:
         )
         self.policy = build_policy(
             read_hf_config(moe_dir),
-            ModelConfig(hf_path=str(moe_dir)),
+            ModelConfig(hf_path=str(moe_dir), dtype=dtype),
             parallel,
             OptimizerConfig(lr=1e-2, warmup_steps=0),
             self.mesh,
