@@ -78,6 +78,7 @@ EFFECTS = {
             "train/other_experts_fraction",
             "train/rollout_logprob_abs_diff_other_experts_mean",
             "train/rollout_logprob_abs_diff_max",
+            "train/rollout_kl",
         ),
     ),
 }
