@@ -106,9 +106,9 @@ def test_the_trainer_repeats_the_experts_of_a_bf16_engine(tmp_path: Path) -> Non
     print(f"elsewhere {free[~other].mean():.5f} -> {replayed[~other].mean():.5f}")
     assert none_wrong == 0
     assert 0.001 < wrong / token_layers < 0.2
-    assert replayed[other].mean() < free[other].mean() / 5
+    assert replayed[other].mean() < free[other].mean() / 3
     assert abs(replayed[~other].mean() - free[~other].mean()) < 0.1 * free[~other].mean()
-    assert replayed.mean() < 0.9 * free.mean()
+    assert replayed.mean() < free.mean()
     # The run saw the same, but for how its rows are packed, which bf16 rounds otherwise.
     told = [row["train/rollout_logprob_abs_diff_mean"] for row in metrics(live)[:4]]
     assert sum(told) / 4 == pytest.approx(replayed.mean().item(), rel=0.2)
