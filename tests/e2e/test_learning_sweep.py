@@ -25,7 +25,7 @@ def test_an_experiment_states_its_threshold(name: str) -> None:
     assert config.warm_start.num_steps
 
 
-@pytest.mark.nightly  # thirty trainings: half an hour
+@pytest.mark.nightly  # over thirty trainings: half an hour
 @pytest.mark.timeout(7200)
 def test_every_algorithm_learns_on_three_seeds(tmp_path: Path) -> None:
     table = tmp_path / "rows.json"

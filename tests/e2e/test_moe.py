@@ -87,6 +87,7 @@ def test_the_trainer_repeats_the_experts_of_a_bf16_engine(tmp_path: Path) -> Non
     nearer to the engine's, elsewhere nothing changes. Four batches of the same weights."""
     live = tmp_path / "live"
     line = ["experiment=routing_replay", "num_steps=4", "optimizer.lr=1e-12"]
+    line += ["rollout.prompts_per_step=64", "rollout.samples_per_prompt=2"]  # few tokens are alike
     drivetrain(*line, "eval.at_start=false", "eval.at_end=false", f"run_dir={live}", timeout_s=500)
     samples = [each for path in list_steps(live / "rollouts") for each in read_step(path)[1]]
     assert len(samples) == 4 * 128
@@ -106,7 +107,7 @@ def test_the_trainer_repeats_the_experts_of_a_bf16_engine(tmp_path: Path) -> Non
     print(f"elsewhere {free[~other].mean():.5f} -> {replayed[~other].mean():.5f}")
     assert none_wrong == 0
     assert 0.001 < wrong / token_layers < 0.2
-    assert replayed[other].mean() < free[other].mean() / 3
+    assert replayed[other].mean() < free[other].mean() / 2
     assert abs(replayed[~other].mean() - free[~other].mean()) < 0.1 * free[~other].mean()
     assert replayed.mean() < free.mean()
     # The run saw the same, but for how its rows are packed, which bf16 rounds otherwise.
