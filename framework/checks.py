@@ -20,6 +20,7 @@ from framework.lora_checks import lora_errors
 from framework.memory_checks import memory_errors
 from framework.mixture_checks import mixture_errors
 from framework.model_shape import ModelShape, read_model_shape
+from framework.mtp_checks import mtp_errors
 from framework.passthrough import passthrough_errors
 from framework.path_checks import own_weight_errors, path_errors
 from framework.preference_checks import preference_errors
@@ -66,6 +67,7 @@ def check_config(config: RunConfig) -> list[str]:
         errors += [] if wrong_layout else memory_errors(config, shape)
         errors += _lengths(config, shape)
         errors += lora_errors(config, shape)
+        errors += mtp_errors(config, shape)
         errors += routing_errors(config, shape)
     errors += path_errors(config)
     if beside := list(side_model_errors(config)):

@@ -52,6 +52,10 @@ class ModelConfig:
     (Blackwell)."""
     vocab_pad_multiple: int = 8
     """The vocabulary is padded to a multiple of this times tp."""
+    mtp: bool = False
+    """Train the multi-token prediction layers that hf_path has, beside the policy and without a
+    gradient into it (the weight of their loss: megatron.mtp_loss_scaling_factor, 0.1). false: they
+    are not built; every export carries those of hf_path or init_from on as they are."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any field of megatron-core's TransformerConfig, checked against the installed version."""
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +90,14 @@ def run(config: RunConfig, run_dir: RunDir) -> None:
     critic = build_critic(config, mesh, found)
     critic_model = None if critic is None else critic.model
     policy, reference = build_models(config, mesh, found)
-    plan = ExportPlan(
+    plan = ExportPlan(  # for engines
         hf_config=policy.hf_config,
         layout=mesh.layout,
         spec=detect_spec(policy.chunks),
         vocab_pad_multiple=config.model.vocab_pad_multiple,
         bucket_bytes=config.weight_sync.bucket_mb << 20,
         dtype=DTYPES[config.model.dtype],
+        mtp=False,
     )
     source = batch_source(config, run_dir)
     logger = None
@@ -141,12 +143,20 @@ def save_policy(
     config: RunConfig, run_dir: RunDir, mesh: "Mesh", policy: "Policy", plan: "ExportPlan"
 ) -> None:
     """The final weights to RUN/hf, with adapters also to RUN/adapter; all ranks call it."""
+    from megatron_bridge.mtp_export import mtp_source
     from megatron_bridge.save import save_hf
 
     policy.sync_parameters()
     if mesh.rank == 0 and run_dir.hf.exists():  # of the run that this one went on from
         shutil.rmtree(run_dir.hf)
-    save_hf(plan, policy.chunks, mesh.rank, run_dir.hf, like=config.model.hf_path)
+    save_hf(
+        replace(plan, mtp=True),  # an engine's has no such layers, the directory has
+        policy.chunks,
+        mesh.rank,
+        run_dir.hf,
+        like=config.model.hf_path,
+        mtp_from=mtp_source(config.model.init_from, config.model.hf_path),
+    )
     if uses_lora(config):
         if mesh.rank == 0 and run_dir.adapter.exists():
             shutil.rmtree(run_dir.adapter)
@@ -161,11 +171,14 @@ def build_models(config: RunConfig, mesh: Any, found: Checkpoint | None) -> tupl
     from framework.megatron.reference import Reference, ReferencePolicy
     from framework.megatron.sharded_state import blank_weights
     from megatron_bridge.load import load_hf, load_hf_body
+    from megatron_bridge.models.mtp import without_mtp
     from megatron_bridge.models.score_head import has_score_head, score_config
     from megatron_bridge.torch_dist import is_torch_dist
 
     model, algorithm = config.model, config.algorithm
     hf_config = read_hf_config(model.hf_path)
+    if not model.mtp:
+        hf_config = without_mtp(hf_config)
     if config.stage == "reward_model":
         hf_config = score_config(hf_config)
     first = model.init_from or model.hf_path

@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from megatron_bridge.adapters import Lora, check_targets
 from megatron_bridge.fp8 import Fp8Tensors, fp8_config
 from megatron_bridge.hf_checkpoint import DTYPES, HfCheckpoint, read_config
 from megatron_bridge.hf_writer import HfWriter, check_free, give_name, partial_dir
 from megatron_bridge.layout import Layout
-from megatron_bridge.load import check_checkpoint, check_tied, unused_tensors
+from megatron_bridge.load import check_checkpoint, check_copies, unused_tensors
 from megatron_bridge.mapping import model_shapes, rank_views
 from megatron_bridge.models import describe
-from megatron_bridge.models.architecture import OUTPUT, Spec
+from megatron_bridge.models.architecture import Spec
+from megatron_bridge.models.mtp import FIELD, without_mtp
+from megatron_bridge.mtp_export import MtpTensors, WithMtp
 from megatron_bridge.peft_checkpoint import PeftCheckpoint
 from megatron_bridge.peft_config import read_peft_config
 from megatron_bridge.torch_dist import HfTensors, TorchDistCheckpoint
@@ -55,9 +58,8 @@ def to_megatron(
     check_free(out)
     with HfCheckpoint(hf_dir) as checkpoint:
         model = check_checkpoint(checkpoint, whole, 1)
-        if model.shape.tied and OUTPUT in checkpoint.tensors:
-            views = rank_views(checkpoint.config, whole, whole.coords(0), Spec.TE, 1)
-            check_tied(checkpoint, views)
+        views = rank_views(checkpoint.config, whole, whole.coords(0), Spec.TE, 1)
+        check_copies(checkpoint, model, views)
         if unused := unused_tensors(checkpoint, model):
             print(f"drivetrain-convert: left out: {', '.join(unused)}", file=sys.stderr)
         names = model_shapes(model)
@@ -93,6 +95,8 @@ def to_hf(
 ) -> Converted:
     """A Hugging Face directory from a checkpoint saved in any layout; one tensor in memory.
 
+    Multi-token prediction layers are the checkpoint's, if it has none those of `like`.
+
     fp8: the linear weights of the layers as block fp8 (see `megatron_bridge.fp8`).
 
     A conversion that was killed goes on after the last file that it completed.
@@ -103,15 +107,20 @@ def to_hf(
     """
     config = read_config(like)
     checkpoint = TorchDistCheckpoint(ckpt_dir)
-    tensors = HfTensors(checkpoint, config)
+    held = config if checkpoint.has_mtp else without_mtp(config)
+    mtp = MtpTensors(describe(held), like)
+    tensors = WithMtp(HfTensors(checkpoint, held), mtp)
+    _tell_of_mtp(checkpoint, mtp, config)
     if fp8:
-        model = describe(config)
+        model = describe(config if mtp.carried else held)
         tensors, config = Fp8Tensors(tensors, model), fp8_config(config, model)
     entries = list(tensors.entries())
     sizes = {name: dtype.itemsize * prod(shape) for name, dtype, shape in entries}
     total = sum(sizes.values())
     check_free(out_dir.absolute())
-    source = hashlib.sha256(f"{checkpoint.fingerprint} {json.dumps(config)}".encode()).hexdigest()
+    carried = str(like.resolve()) if mtp.carried else ""
+    source = f"{checkpoint.fingerprint} {json.dumps(config)} {carried}"
+    source = hashlib.sha256(source.encode()).hexdigest()
     with _alone(partial_dir(out_dir.absolute())):
         writer = HfWriter(
             out_dir, entries, like, max_file_bytes, resume=source, config=config if fp8 else None
@@ -126,7 +135,21 @@ def to_hf(
             writer.abort()
             raise
         writer.finish()
+    mtp.close()
     return Converted(num_tensors=len(entries), size_bytes=total, kept_files=writer.kept_files)
+
+
+def _tell_of_mtp(checkpoint: TorchDistCheckpoint, mtp: MtpTensors, config: dict[str, Any]) -> None:
+    """What becomes of multi-token prediction layers, where that is not plain."""
+    what = ""
+    if mtp.carried:
+        what = f"those of {mtp.source}, for the checkpoint has none"
+    elif checkpoint.has_mtp and not config.get(FIELD):
+        what = f"left out, for {FIELD} of {mtp.source}/config.json is 0"
+    elif config.get(FIELD) and not checkpoint.has_mtp:
+        what = f"left out, for neither {checkpoint.path} nor {mtp.source} holds any"
+    if what:
+        print(f"drivetrain-convert: multi-token prediction layers: {what}", file=sys.stderr)
 
 
 def merge(

@@ -13,6 +13,7 @@ import torch
 from megatron_bridge.export import Bucket
 from megatron_bridge.mapping import engine_float32_names, engine_views, hf_shapes
 from megatron_bridge.models import describe
+from megatron_bridge.models.mtp import without_mtp
 from megatron_bridge.views import Box, View
 
 
@@ -42,7 +43,7 @@ class EngineParameters:
         self.engine_tp = engine_tp
         self._dtype = dtype
         self._float32 = engine_float32_names(describe(hf_config))
-        self._shapes = hf_shapes(hf_config)
+        self._shapes = hf_shapes(without_mtp(hf_config))
         self.all = _shared(hf_config, engine_tp, engine_device)
         self._wanted: dict[str, list[tuple[EngineParameter, Box]]] = {n: [] for n in self._shapes}
         for each in self.all:

@@ -1,6 +1,7 @@
 """Which rank sends which boxes of which tensor, in which order: computed alike on every rank.
 
-Tensors go whole, in the order embedding, layers, final norm, output; a bucket is a run of them.
+Tensors go whole, in the order embedding, layers, final norm, output, multi-token prediction layers;
+a bucket is a run of them.
 Every box is sent once, by the first rank that holds it, replicas aside.
 
     segment     tensors of one kind of layer, senders numbered within their stage; computed once
@@ -24,12 +25,13 @@ from megatron_bridge.mapping import (
     check,
     holders,
     layer_name,
+    local_prefix,
     section_views,
     template_shapes,
     trainer_place,
 )
 from megatron_bridge.models import describe
-from megatron_bridge.models.architecture import ModelDescription, Section, Spec
+from megatron_bridge.models.architecture import MTP_LAYER, ModelDescription, Section, Spec
 from megatron_bridge.uncollected import uncollected
 from megatron_bridge.views import Box, Index
 
@@ -45,6 +47,7 @@ class Piece:
     chunk: int
     parameter: str
     box: Box
+    section: Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class Part(NamedTuple):
     chunk: int
     layer: tuple[int, int] | None
     """Number in the chunk, number in the model; None: not in a layer."""
+    kind: frozenset[Section] = frozenset()
+    """Of the layer."""
 
     def tensors(self, offset: int) -> Iterator[TensorPlan]:
         """The tensors of the segment by their names, `offset` bytes further."""
@@ -90,10 +95,12 @@ class Part(NamedTuple):
         return template if self.layer is None else layer_name(template, self.layer[1])
 
     def _filled(self, piece: Piece) -> Piece:
-        prefix = "" if self.layer is None else f"decoder.layers.{self.layer[0]}."
+        prefix = ""
+        if self.layer is not None:
+            prefix = local_prefix(self.kind, piece.section, self.layer[0])
         box = Box(self._named(piece.box.name), *piece.box[1:])
         rank = self.first_rank + piece.rank
-        return Piece(rank, self.chunk, prefix + piece.parameter, box)
+        return Piece(rank, self.chunk, prefix + piece.parameter, box, piece.section)
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,9 @@ class ExportPlan:
     vocab_pad_multiple: int
     bucket_bytes: int
     """A bucket is closed before it would grow beyond this; a larger tensor travels alone."""
+    mtp: bool = True
+    """Multi-token prediction layers, where the model has any, are exported too; an engine's model
+    has none."""
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < 1:
@@ -186,18 +196,26 @@ class ExportPlan:
             yield BucketPlan(tuple(held), dtype)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[Part]:
-        """Embedding, layers, what follows them."""
+        """Embedding, layers, what follows them, multi-token prediction layers."""
         shape, layout = self.model.shape, self.layout
         kinds = {kind: list(self._segments(kind, dtype)) for kind in shape.layer_kinds}
+        first_of_last, last_chunk = layout.rank(pp=layout.pp - 1), layout.vpp - 1
         last = {Section.FINAL} if shape.tied else {Section.FINAL, Section.OUTPUT}
         for segment in self._segments({Section.EMBEDDING}, dtype):
             yield Part(segment, 0, 0, None)
         for pp, chunk, local, number in layout.layers(shape.num_layers):
             first = layout.rank(pp=pp)
-            for segment in kinds[shape.layer_sections(number)]:
-                yield Part(segment, first, chunk, (local, number))
+            kind = shape.layer_sections(number)
+            for segment in kinds[kind]:
+                yield Part(segment, first, chunk, (local, number), kind)
         for segment in self._segments(last, dtype):
-            yield Part(segment, layout.rank(pp=layout.pp - 1), layout.vpp - 1, None)
+            yield Part(segment, first_of_last, last_chunk, None)
+        if not self.mtp or not shape.mtp_layers:
+            return
+        segments = list(self._segments(MTP_LAYER, dtype))
+        for local, number in enumerate(shape.mtp_numbers):
+            for segment in segments:
+                yield Part(segment, first_of_last, last_chunk, (local, number), MTP_LAYER)
 
     def _segments(self, sections: Set[Section], dtype: torch.dtype) -> Iterator[Segment]:
         """What travels as `dtype` of some sections, tensors that belong together unparted."""
@@ -221,7 +239,7 @@ class ExportPlan:
         pieces: dict[str, list[Piece]] = {}
         for section in sorted(sections):
             for rank, name, box in self._section_boxes(section):
-                pieces.setdefault(box.name, []).append(Piece(rank, 0, name, box))
+                pieces.setdefault(box.name, []).append(Piece(rank, 0, name, box, section))
         neighbours = {each: run for run in architecture.together for each in run}
         run: list[TensorPlan] = []
         for name, shape in template_shapes(self.model, frozenset(sections)).items():

@@ -14,7 +14,8 @@ import torch
 
 from megatron_bridge.hf_writer import Entry
 from megatron_bridge.mapping import layer_name, template_shapes
-from megatron_bridge.models.architecture import DENSE_LAYER, MOE_LAYER, ModelDescription
+from megatron_bridge.models.architecture import ModelDescription, Section
+from megatron_bridge.models.mtp import PROJECTION
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -69,10 +70,11 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def linear_names(model: ModelDescription) -> set[str]:
-    """Weights that are quantised: the linear ones of all layers, gates aside."""
+    """Weights that are quantised: the linear ones of all layers, gates aside, and aside what a
+    multi-token prediction layer has besides them."""
     names: set[str] = set()
-    for layer in range(model.shape.num_layers):
-        shapes = template_shapes(model, model.shape.layer_sections(layer))
+    for layer in model.shape.all_layers:
+        shapes = template_shapes(model, model.shape.layer_sections(layer) - {Section.MTP})
         names |= {
             layer_name(name, layer)
             for name, shape in shapes.items()
@@ -84,12 +86,11 @@ def linear_names(model: ModelDescription) -> set[str]:
 def fp8_config(hf_config: Mapping[str, Any], model: ModelDescription) -> dict[str, Any]:
     """`hf_config` with what transformers and SGLang must know of the quantisation."""
     kept = ["lm_head"]
-    for layer in range(model.shape.num_layers):
-        shapes = template_shapes(
-            model, model.shape.layer_sections(layer) & (DENSE_LAYER | MOE_LAYER)
-        )
+    for layer in model.shape.all_layers:
+        shapes = template_shapes(model, model.shape.layer_sections(layer))
         gates = (layer_name(name, layer) for name in shapes if _GATE.search(name))
         kept += [name.removesuffix(".weight") for name in gates]
+    kept += [layer_name(PROJECTION, n).removesuffix(".weight") for n in model.shape.mtp_numbers]
     return {
         **hf_config,
         "quantization_config": {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_bridge.models.mtp import mtp_prefixes, without_mtp
 from megatron_bridge.views import Box, Index
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -58,14 +59,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class HfCheckpoint:
-    """The weights of a Hugging Face directory. Opening reads headers; `read` maps the files."""
+    """The weights of a Hugging Face directory. Opening reads headers; `read` maps the files.
 
-    def __init__(self, hf_dir: str | Path) -> None:
+    mtp: False leaves multi-token prediction layers out: `config` is that of the model without them.
+    So it is where the files hold none, whatever config.json says (transformers saves it unchanged).
+    """
+
+    def __init__(self, hf_dir: str | Path, *, mtp: bool = True) -> None:
         self.path = Path(hf_dir)
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is not a directory with a Hugging Face model")
         self.config = read_config(self.path)
         self.tensors = self._read_headers()
+        prefixes = mtp_prefixes(self.config)
+        self.mtp_names = [n for n in self.tensors if prefixes and n.startswith(prefixes)]
+        """Tensors of multi-token prediction layers, left out or not."""
+        if not (mtp and self.mtp_names):
+            self.config = without_mtp(self.config)
         self._files = ExitStack()
         self._open: dict[str, Any] = {}
         self._descriptors: dict[str, int] = {}

@@ -16,6 +16,7 @@ from megatron_bridge.layout import Coords, Layout
 from megatron_bridge.mapping import Views, check, rank_views
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import EMBEDDING, OUTPUT, ModelDescription, Spec
+from megatron_bridge.models.mtp import mtp_copies
 from megatron_bridge.models.score_head import SCORE, has_score_head, score_config
 from megatron_bridge.views import fill
 
@@ -98,14 +99,14 @@ def checkpoint_errors(
     model = describe(checkpoint.config)
     left_out = set(unused_tensors(checkpoint, model))
     found = {name: shape for name, shape in checkpoint.shapes.items() if name not in left_out}
-    if model.shape.tied:
-        found.pop(OUTPUT, None)  # compared with the embedding when read
-    errors = check(checkpoint.config, layout, vocab_pad_multiple, found)
-    if model.shape.tied and OUTPUT in checkpoint.tensors:
-        sizes = [checkpoint.shapes.get(name) for name in (OUTPUT, EMBEDDING)]
+    copies = copies_in(checkpoint, model)  # compared with the originals when read
+    once = {name: shape for name, shape in found.items() if name not in copies}
+    errors = check(checkpoint.config, layout, vocab_pad_multiple, once)
+    for copy, original in copies.items():
+        sizes = [checkpoint.shapes.get(name) for name in (copy, original)]
         if sizes[0] != sizes[1]:
-            errors.append(f"tensor {OUTPUT} has shape {sizes[0]}, {EMBEDDING} (tied) {sizes[1]}")
-    for name in sorted(found):
+            errors.append(f"tensor {copy} has shape {sizes[0]}, {original} (tied) {sizes[1]}")
+    for name in sorted(found.keys() | {*checkpoint.mtp_names}):  # which an export carries on
         dtype = checkpoint.tensors[name].dtype
         if dtype not in DTYPES:
             errors.append(f"tensor {name} has type {dtype}; only {', '.join(DTYPES)} are read")
@@ -113,15 +114,22 @@ def checkpoint_errors(
 
 
 def unused_tensors(checkpoint: HfCheckpoint, model: ModelDescription) -> list[str]:
-    """Tensors that are no part of the policy: rotary tables, multi-token prediction layers."""
+    """Tensors that are not read: rotary tables, multi-token prediction layers that are left out."""
     derived = [re.compile(pattern) for pattern in model.architecture.derived_tensors]
-    last = model.shape.num_layers
-    beyond = tuple(f"model.layers.{last + n}." for n in range(model.shape.mtp_layers))
+    beyond = set() if model.shape.mtp_layers else {*checkpoint.mtp_names}
     return [
         name
         for name in checkpoint.tensors
-        if name.startswith(beyond) or any(pattern.fullmatch(name) for pattern in derived)
+        if name in beyond or any(pattern.fullmatch(name) for pattern in derived)
     ]
+
+
+def copies_in(checkpoint: HfCheckpoint, model: ModelDescription) -> dict[str, str]:
+    """Tensors of the files that repeat another one -> that one."""
+    copies = mtp_copies(model.shape)
+    if model.shape.tied:
+        copies[OUTPUT] = EMBEDDING
+    return {copy: original for copy, original in copies.items() if copy in checkpoint.tensors}
 
 
 def check_checkpoint(
@@ -143,18 +151,18 @@ def load_hf(
 ) -> None:
     """Fill this rank's model chunks from a Hugging Face directory; values are cast to their types.
 
-    hf_config: the config.json that the model was built from, where that is another directory's; the
-    two must describe the same computation.
+    hf_config: the config.json that the model was built from, where that is another directory's, or
+    one without multi-token prediction; else the two must describe the same computation.
     """
-    with HfCheckpoint(hf_dir) as checkpoint:
+    mtp = hf_config is None or describe(hf_config).shape.mtp_layers > 0
+    with HfCheckpoint(hf_dir, mtp=mtp) as checkpoint:
         model = check_checkpoint(checkpoint, layout, vocab_pad_multiple)
         if hf_config is not None:
             _refuse(model_differences(model, describe(hf_config)), checkpoint)
         spec = detect_spec(chunks)
         views = rank_views(checkpoint.config, layout, coords, spec, vocab_pad_multiple)
         check_model(chunks, views, model.shape.num_layers, layout, coords)
-        if model.shape.tied and OUTPUT in checkpoint.tensors:
-            check_tied(checkpoint, views)
+        check_copies(checkpoint, model, views)
         for key, parameter in parameters(chunks).items():
             fill(views[key], checkpoint.read_into, parameter)
 
@@ -171,7 +179,7 @@ def load_hf_body(
 
     Without one the head begins at zero, and every score with it.
     """
-    with HfCheckpoint(hf_dir) as checkpoint:
+    with HfCheckpoint(hf_dir, mtp=False) as checkpoint:
         found = check_checkpoint(checkpoint, layout, vocab_pad_multiple)
         if has_score_head(checkpoint.config):
             load_hf(chunks, hf_dir, layout, coords, vocab_pad_multiple, hf_config)
@@ -206,14 +214,19 @@ def model_differences(found: ModelDescription, wanted: ModelDescription) -> list
     return errors
 
 
-def check_tied(checkpoint: HfCheckpoint, views: Views) -> None:
-    """A tied checkpoint may repeat its embedding as lm_head.weight; then both must be equal."""
-    for view in views.values():
-        for box in view.boxes:
-            if box.name == EMBEDDING and not torch.equal(
-                checkpoint.read(box), checkpoint.read(box._replace(name=OUTPUT))
+def check_copies(checkpoint: HfCheckpoint, model: ModelDescription, views: Views) -> None:
+    """A tied checkpoint may repeat its embedding as lm_head.weight, a multi-token prediction layer
+    both; then the copies must be equal to what they repeat."""
+    copies = copies_in(checkpoint, model)
+    boxes = {box for view in views.values() for box in view.boxes if box.name in copies.values()}
+    for copy, original in copies.items():
+        for box in boxes:
+            if box.name == original and not torch.equal(
+                checkpoint.read(box), checkpoint.read(box._replace(name=copy))
             ):
+                hint = "megatron-core shares them"
+                if copy == OUTPUT:
+                    hint = "tie_word_embeddings is true: set it to false"
                 raise ValueError(
-                    f"{checkpoint.path}: tie_word_embeddings is true but {OUTPUT} differs from "
-                    f"{EMBEDDING}; set tie_word_embeddings to false or remove {OUTPUT}"
+                    f"{checkpoint.path}: {copy} differs from {original}; {hint} or remove {copy}"
                 )

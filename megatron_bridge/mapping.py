@@ -25,12 +25,15 @@ Views = dict[tuple[int, str], View]
 
 ENGINE_CPU_FFN_MULTIPLE = 32
 
-VOCAB_SECTIONS = frozenset({Section.EMBEDDING, Section.OUTPUT, Section.TIED_OUTPUT})
+VOCAB_SECTIONS = frozenset(
+    {Section.EMBEDDING, Section.OUTPUT, Section.TIED_OUTPUT, Section.MTP_EMBEDDING}
+)
 """Sections whose parameters end in padding rows."""
 
 
 def hf_shapes(hf_config: Mapping[str, Any]) -> dict[str, Index]:
-    """Every weight of the checkpoint and its shape: embedding, layers in order, norm, output."""
+    """Every weight of the checkpoint and its shape: embedding, layers in order, norm, output,
+    multi-token prediction layers."""
     return model_shapes(describe(hf_config))
 
 
@@ -38,12 +41,18 @@ def model_shapes(model: ModelDescription) -> dict[str, Index]:
     """`hf_shapes` of a model already described."""
     shape = model.shape
     result = template_shapes(model, frozenset({Section.EMBEDDING}))
-    kinds = {kind: template_shapes(model, kind) for kind in shape.layer_kinds}
-    for number in range(shape.num_layers):
-        layer = kinds[shape.layer_sections(number)]
-        result |= {layer_name(name, number): size for name, size in layer.items()}
+    kinds = {kind: template_shapes(model, kind) for kind in shape.all_kinds}
+
+    def layers(numbers: range) -> dict[str, Index]:
+        return {
+            layer_name(name, number): size
+            for number in numbers
+            for name, size in kinds[shape.layer_sections(number)].items()
+        }
+
+    result |= layers(range(shape.num_layers))
     last = {Section.FINAL} | (set() if shape.tied else {Section.OUTPUT})
-    return result | template_shapes(model, frozenset(last))
+    return result | template_shapes(model, frozenset(last)) | layers(shape.mtp_numbers)
 
 
 def template_shapes(model: ModelDescription, sections: frozenset[Section]) -> dict[str, Index]:
@@ -78,7 +87,20 @@ def sections(model: ModelDescription, layout: Layout, pp: int, chunk: int) -> li
             held.append(Section.OUTPUT)
         elif not first:
             held.append(Section.TIED_OUTPUT)
+        if model.shape.mtp_layers and not first:
+            held.append(Section.MTP_EMBEDDING)
     return held
+
+
+def local_prefix(kind: frozenset[Section], section: Section, local: int) -> str:
+    """What comes before the names of a section's rows in the parameters of a model chunk.
+
+    local: number of the layer, of that kind or another, in the chunk; for multi-token prediction
+    among those layers.
+    """
+    if Section.MTP not in kind:
+        return f"decoder.layers.{local}."
+    return f"mtp.layers.{local}." + ("" if section is Section.MTP else "mtp_model_layer.")
 
 
 def section_views(
@@ -153,32 +175,44 @@ def rank_views(
     model = describe(hf_config)
     place = trainer_place(model, layout, coords, vocab_pad_multiple, spec)
     rows = model.architecture.rows
-    templates = _layer_templates(model, place, rows)
+    templates = _layer_templates(model, place, rows, model.shape.all_kinds)
     views: Views = {}
+
+    def add_layer(chunk: int, local: int, layer: int) -> None:
+        kind = model.shape.layer_sections(layer)
+        for row, view in templates[kind]:
+            name = local_prefix(kind, row.section, local) + row.local_name(spec)
+            views[chunk, name] = view.renamed(lambda x: layer_name(x, layer))
+
     for chunk in range(layout.vpp):
         for section in sections(model, layout, coords.pp, chunk):
             for row, view in section_views(model, section, place, rows):
                 views[chunk, row.local_name(spec)] = view
         layers = layout.chunk_layers(model.shape.num_layers, coords.pp, chunk)
         for local, layer in enumerate(layers):
-            for row, view in templates[model.shape.layer_sections(layer)]:
-                name = f"decoder.layers.{local}.{row.local_name(spec)}"
-                views[chunk, name] = view.renamed(lambda x, n=layer: layer_name(x, n))
+            add_layer(chunk, local, layer)
+        if layout.is_last(coords.pp, chunk):
+            for local, layer in enumerate(model.shape.mtp_numbers):
+                add_layer(chunk, local, layer)
     return views
 
 
 def _layer_templates(
-    model: ModelDescription, place: Place, rows: tuple[Row, ...]
+    model: ModelDescription,
+    place: Place,
+    rows: tuple[Row, ...],
+    kinds: list[frozenset[Section]],
 ) -> dict[frozenset[Section], list[tuple[Row, View]]]:
     """For each kind of layer its rows, cut for one rank."""
     return {
         kind: [each for part in sorted(kind) for each in section_views(model, part, place, rows)]
-        for kind in model.shape.layer_kinds
+        for kind in kinds
     }
 
 
 def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) -> dict[str, View]:
-    """What rank `rank` of an SGLang server with `tp` tensor-parallel ranks holds, by its names.
+    """What rank `rank` of an SGLang server with `tp` tensor-parallel ranks holds, by its names;
+    multi-token prediction is another model there (the draft of its speculative decoding).
 
     device: cpu | cuda. SGLang 0.5.23 pads widths on a CPU (`srt/configs/update_config.py`) and
     cannot repeat KV heads there.
@@ -191,7 +225,7 @@ def engine_views(hf_config: Mapping[str, Any], tp: int, rank: int, device: str) 
         if section is Section.OUTPUT and model.shape.tied:
             continue
         views |= {row.name: view for row, view in section_views(model, section, place, rows)}
-    templates = _layer_templates(model, place, rows)
+    templates = _layer_templates(model, place, rows, model.shape.layer_kinds)
     for layer in range(model.shape.num_layers):
         for row, view in templates[model.shape.layer_sections(layer)]:
             views[layer_name(row.name, layer)] = view.renamed(lambda x, n=layer: layer_name(x, n))
@@ -249,8 +283,7 @@ def check_names(model: ModelDescription, found: Mapping[str, Index]) -> list[str
 def float32_names(model: ModelDescription) -> set[str]:
     """Tensors of the checkpoint that stay in float32."""
     kept = {tensor.name for tensor in model.architecture.tensors if tensor.float32}
-    layers = range(model.shape.num_layers)
-    return {layer_name(name, number) for name in kept for number in layers}
+    return {layer_name(name, number) for name in kept for number in model.shape.all_layers}
 
 
 def check(
@@ -266,9 +299,14 @@ def check(
     from the checkpoint's headers) is compared with what the architecture wants.
     """
     model = describe(hf_config)
-    errors = _row_errors(model, model.architecture.rows)
+    errors = _row_errors(model, model.architecture.rows, model.shape.all_kinds)
     if model.architecture.engine_rows:
-        errors += _row_errors(model, model.architecture.engine_rows)
+        errors += _row_errors(model, model.architecture.engine_rows, model.shape.layer_kinds)
+    if model.shape.mtp_layers and model.shape.tied and layout.pp > 1:
+        errors.append(
+            f"parallel.pp={layout.pp}: megatron-core cannot have multi-token prediction behind "
+            "another stage than that of a tied embedding; model.mtp=false leaves it out"
+        )
     errors += _head_errors(model, layout.tp)
     errors += _expert_errors(model, layout)
     errors += _layer_errors(model, layout)
@@ -278,11 +316,13 @@ def check(
     return errors
 
 
-def _row_errors(model: ModelDescription, rows: tuple[Row, ...]) -> list[str]:
+def _row_errors(
+    model: ModelDescription, rows: tuple[Row, ...], kinds: list[frozenset[Section]]
+) -> list[str]:
     """Tensors that the table uses never or more than once, in each kind of layer."""
     errors: set[str] = set()
     ends = {Section.EMBEDDING, Section.FINAL, Section.OUTPUT}
-    for kind in model.shape.layer_kinds:
+    for kind in kinds:
         parts = kind | ends
         used = Counter(n for row in rows if row.section in parts for n in row.tensors)
         known = {t.name for t in model.architecture.tensors if t.section in parts}
@@ -335,7 +375,9 @@ def _section_errors(model: ModelDescription, layout: Layout, vocab_pad_multiple:
     boxes: dict[str, list[Box]] = {}
     shapes = template_shapes(model, frozenset(Section))
     output = Section.TIED_OUTPUT if model.shape.tied else Section.OUTPUT
-    used = {Section.EMBEDDING, Section.FINAL, output}.union(*model.shape.layer_kinds)
+    used = {Section.EMBEDDING, Section.FINAL, output}.union(*model.shape.all_kinds)
+    if model.shape.mtp_layers:
+        used.add(Section.MTP_EMBEDDING)
     for section in sorted(used):
         for rank in holders(layout, section):
             place = trainer_place(model, layout, layout.coords(rank), vocab_pad_multiple)

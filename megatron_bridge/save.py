@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,8 +10,11 @@ from torch import nn
 
 from megatron_bridge.export import ExportBuffers, ExportStream, export_buckets
 from megatron_bridge.export_plan import ExportPlan
+from megatron_bridge.hf_checkpoint import read_config
 from megatron_bridge.hf_writer import HfWriter
 from megatron_bridge.load import parameters
+from megatron_bridge.models.mtp import FIELD
+from megatron_bridge.mtp_export import MtpTensors
 
 
 def save_hf(
@@ -24,26 +28,35 @@ def save_hf(
     group: dist.ProcessGroup | None = None,
     buffers: ExportBuffers | None = None,
     max_file_bytes: int = 4 << 30,
+    mtp_from: str | Path | None = None,
 ) -> None:
     """A collective: rank `dst` writes `out_dir` with the plan's config.json and the other small
     files of `like`.
+
+    Multi-token prediction layers that the model was built without are carried on from `mtp_from`
+    (None: `like`), bit for bit, where that has any; config.json counts as many as that of `like`.
 
     `out_dir` appears complete or not at all, and must not exist before. All ranks return when it is
     there. When the writer fails it raises its own error and every other rank a RuntimeError; none
     is left waiting.
     """
     device = next(iter(parameters(chunks).values())).device
+    if not plan.mtp:
+        raise ValueError("a plan for engines leaves multi-token prediction layers out")
     writer: HfWriter | None = None
+    mtp: MtpTensors | None = None
     try:
         if rank == dst:
-            writer = HfWriter(out_dir, plan.entries, like, max_file_bytes, config=plan.hf_config)
+            mtp = MtpTensors(plan.model, like if mtp_from is None else mtp_from)
+            entries, config = list(mtp.entries(plan.entries)), _config(plan, like)
+            writer = HfWriter(out_dir, entries, like, max_file_bytes, config=config)
     finally:
         _agree(writer is not None, plan, rank, dst, group, device, f"cannot write {out_dir}")
     written = False
     try:
         with export_buckets(plan, chunks, rank, dst, group, buffers) as stream:
-            if writer is not None:
-                _write(writer, stream)
+            if writer is not None and mtp is not None:
+                _write(writer, stream, mtp)
             else:
                 next(stream, None)  # sends everything
         written = True
@@ -51,16 +64,27 @@ def save_hf(
         _agree(written, plan, rank, dst, group, device, f"could not write {out_dir}")
 
 
-def _write(writer: HfWriter, stream: ExportStream) -> None:
+def _config(plan: ExportPlan, like: str | Path) -> dict[str, Any]:
+    """The plan's config.json; a model built without its multi-token prediction layers is told of
+    as `like` tells of it."""
+    counted = read_config(like).get(FIELD)
+    return {**plan.hf_config, FIELD: counted} if counted else dict(plan.hf_config)
+
+
+def _write(writer: HfWriter, stream: ExportStream, mtp: MtpTensors) -> None:
     """Every tensor of the stream into `writer`; what was written is removed on failure."""
     finished = False
     try:
         for bucket in stream:
             for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
-                writer.add(name, tensor)
+                for each in (name, *mtp.copies.get(name, ())):
+                    writer.add(each, tensor)
+        for name in mtp.carried:
+            writer.add(name, mtp.read(name))
         writer.finish()
         finished = True
     finally:
+        mtp.close()
         if not finished:
             writer.abort()
 

@@ -22,6 +22,7 @@ from megatron_bridge.load import ADAPTER, model_differences
 from megatron_bridge.mapping import model_shapes, rank_views
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import Spec
+from megatron_bridge.models.mtp import without_mtp
 from megatron_bridge.views import Box, Index, View, tiling_errors, window
 
 METADATA = ".metadata"
@@ -43,6 +44,7 @@ def stored_views(hf_config: Mapping[str, Any]) -> dict[str, View]:
     stored: dict[str, View] = {}
     for (_, name), view in rank_views(hf_config, whole, whole.coords(0), Spec.TE, 1).items():
         name = _EXPERT.sub(r".experts.experts.\2.\1.weight", name)
+        name = name.replace(".mtp_model_layer.", ".transformer_layer.")  # its name of old
         if name.endswith(_GATED):
             half = view.shape[0] // 2
             stored[f"{name}_w"] = window(view, 0, 0, half)
@@ -54,6 +56,8 @@ def stored_views(hf_config: Mapping[str, Any]) -> dict[str, View]:
 
 OTHERS = ("optimizer.", "critic.")
 """What names begin with that are not the model's."""
+MTP = "mtp."
+"""What those of multi-token prediction begin with."""
 
 
 class TorchDistCheckpoint:
@@ -74,6 +78,8 @@ class TorchDistCheckpoint:
             if isinstance(entry, TensorStorageMetadata) and not name.startswith(OTHERS)
         }
         """Name -> global shape, type and stored parts."""
+        self.has_mtp = any(name.startswith(MTP) for name in self.tensors)
+        """It holds multi-token prediction layers."""
 
     @property
     def fingerprint(self) -> str:
@@ -92,17 +98,22 @@ class TorchDistCheckpoint:
     def errors(self, hf_config: Mapping[str, Any]) -> list[str]:
         """Why this is not a checkpoint of that model: every tensor missing, extra or misshapen.
 
+        Multi-token prediction layers may be in it that the model has not.
         What `to-megatron` wrote has a config.json, which must tell of the same computation.
         """
         if any(f".{ADAPTER}." in name for name in self.tensors):
             return ["it holds low-rank adapters and no whole model; its run's hf/ has both in one"]
         views, model = stored_views(hf_config), describe(hf_config)
         if (self.path / "config.json").exists():
-            differences = model_differences(describe(read_config(self.path)), model)
+            saved = read_config(self.path)
+            saved = saved if model.shape.mtp_layers else without_mtp(saved)
+            differences = model_differences(describe(saved), model)
             if differences:
                 return differences
         errors = [f"tensor {name} is missing" for name in views.keys() - self.tensors.keys()]
         for name, entry in self.tensors.items():
+            if name.startswith(MTP) and not model.shape.mtp_layers:
+                continue
             if name not in views:
                 errors.append(f"tensor {name} is not one of {model.architecture.name}")
                 continue

@@ -12,10 +12,10 @@ import torch
 from megatron_bridge.export_plan import BucketPlan, ExportPlan
 from megatron_bridge.hf_checkpoint import DTYPES, HfCheckpoint
 from megatron_bridge.layout import Layout
-from megatron_bridge.load import check_tied, checkpoint_errors
+from megatron_bridge.load import check_copies, checkpoint_errors
 from megatron_bridge.mapping import rank_views
 from megatron_bridge.models import describe
-from megatron_bridge.models.architecture import OUTPUT, Spec
+from megatron_bridge.models.architecture import Spec
 from megatron_bridge.views import Index, View, copy_in, ref
 
 BUCKET_BYTES = 64 << 20
@@ -61,7 +61,7 @@ def verify_hf(
     """
     if errors := checkpoint_errors(checkpoint, layout, vocab_pad_multiple):
         return Verified(num_tensors=len(checkpoint.tensors), size_bytes=0, errors=errors)
-    errors = _tied_errors(checkpoint)
+    errors = _copy_errors(checkpoint)
     plan = ExportPlan(
         hf_config=checkpoint.config,
         layout=layout,
@@ -85,14 +85,12 @@ def verify_hf(
     return Verified(num_tensors=len(holders), size_bytes=done, errors=errors)
 
 
-def _tied_errors(checkpoint: HfCheckpoint) -> list[str]:
-    """A tied checkpoint may repeat its embedding, not change it."""
-    if not describe(checkpoint.config).shape.tied or OUTPUT not in checkpoint.tensors:
-        return []
+def _copy_errors(checkpoint: HfCheckpoint) -> list[str]:
+    """A checkpoint may repeat its embedding or its output layer, not change them."""
     whole = Layout()
     try:
         views = rank_views(checkpoint.config, whole, whole.coords(0), Spec.TORCH, 1)
-        check_tied(checkpoint, views)
+        check_copies(checkpoint, describe(checkpoint.config), views)
     except ValueError as error:
         return [str(error)]
     return []

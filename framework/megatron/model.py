@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from framework.megatron.fsdp import FullyShardedDataParallel, gather, shard
+from framework.megatron.mtp import MTP_SETTINGS, mtp_block_spec
 from framework.megatron.parallel import Mesh
 from framework.megatron.score_head import ScoreHead
 from framework.megatron.torch_spec import torch_block_spec
@@ -178,6 +179,8 @@ def transformer_config(
         ),
         **memory_settings(model, memory),
     }
+    if settings.get("mtp_num_layers"):
+        settings |= MTP_SETTINGS
     latent = settings.get("multi_latent_attention", False)
     if latent and not _fuses_latent_rope(settings):
         settings["apply_rope_fusion"] = False
@@ -211,6 +214,7 @@ def build_chunks(
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=spec,
+            mtp_block_spec=mtp_block_spec(config, spec, stage, te=uses_transformer_engine()),
             vocab_size=padded,
             max_sequence_length=MAX_POSITIONS,
             pre_process=parallel_state.is_pipeline_first_stage(**place),

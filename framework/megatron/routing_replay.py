@@ -192,4 +192,5 @@ def _take(scores: torch.Tensor, own: TopK, routes: torch.Tensor | None) -> TopK:
 
 def _routers(policy: Policy) -> Sequence[Any]:
     found = [each for chunk in policy.chunks for each in chunk.modules()]
-    return [each for each in found if isinstance(each, TopKRouter)]
+    # The engine's routes, and the old policy's, are of the decoder's layers only.
+    return [each for each in found if isinstance(each, TopKRouter) and not each.is_mtp_layer]

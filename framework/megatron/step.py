@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from framework.megatron.figures import figures_of, reduce_figures
 from framework.megatron.logprobs import LogprobContext, logprob_output_processor
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.model import Policy
+from framework.megatron.mtp import MtpLoss
 from framework.megatron.parallel import Mesh
 from framework.megatron.routing_replay import RoutingReplay
 from framework.megatron.score_head import score_output_processor
@@ -35,6 +36,12 @@ class StepRunner:
     logits_chunk_tokens: int
     routing: RoutingReplay | None = None
     """Of a policy with routers."""
+    mtp_loss: MtpLoss | None = field(init=False, default=None)
+    """Of a policy with multi-token prediction layers."""
+
+    def __post_init__(self) -> None:
+        if self.policy.config.mtp_num_layers:
+            self.mtp_loss = MtpLoss(self.policy.config, self.policy.optimizer, self.mesh)
 
     def _run(
         self,
@@ -67,6 +74,7 @@ class StepRunner:
                     None,
                     labels=batch.labels[None],
                     packed_seq_params=batch.packed_seq_params,
+                    loss_mask=batch.loss_mask[None],  # read by multi-token prediction only
                     output_processor=processor,
                     # Passes without a gradient have no use for the teacher's tokens.
                     output_processor_context=replace(
@@ -159,6 +167,8 @@ class StepRunner:
         with routing.during(routing.updates()) if routing else contextlib.nullcontext():
             reports, grad_norm = self.optimize(microbatches, evaluate, lr)
         figures = {**reduce_figures(reports, self.mesh), "train/grad_norm": grad_norm}
+        if self.mtp_loss is not None:
+            figures |= self.mtp_loss.take_figures()
         return figures | routing.take_figures() if routing else figures
 
     def optimize(
@@ -177,6 +187,8 @@ class StepRunner:
             model.zero_grad_buffer()
         self.policy.optimizer.zero_grad()
         self.policy.set_learning_rate(lr)
+        if self.mtp_loss is not None:
+            self.mtp_loss.begin(microbatches)
         reports = self._run(microbatches, evaluate, forward_only=False)
         outcome: Any = self.policy.optimizer.step()  # (succeeded, gradient norm, zero gradients)
         grad_norm = float(outcome[1])

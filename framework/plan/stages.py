@@ -13,6 +13,7 @@ from megatron_bridge.adapters import adapted_linears
 from megatron_bridge.mapping import rank_views
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import Spec
+from megatron_bridge.models.mtp import without_mtp
 
 ROUTER_BIAS = "router.expert_bias"
 
@@ -45,7 +46,8 @@ class Stage:
 def model_values(config: RunConfig) -> dict[str, Any]:
     """The config.json that the run will train, also where it is not written yet (model.tiny)."""
     if config.model.hf_path:
-        return read_hf_config("model.hf_path", config.model.hf_path)
+        values = read_hf_config("model.hf_path", config.model.hf_path)
+        return values if config.model.mtp else without_mtp(values)
     tiny = config.model.tiny
     experts: dict[str, Any] = {
         "architectures": ["Qwen3MoeForCausalLM"],

@@ -52,10 +52,15 @@ class Section(StrEnum):
     """Held by the last chunk when embedding and output are not tied."""
     TIED_OUTPUT = "tied_output"
     """The copy of a tied embedding in a last chunk that isn't also the first."""
+    MTP = "mtp"
+    """Once a multi-token prediction layer: what it has besides a layer with experts."""
+    MTP_EMBEDDING = "mtp_embedding"
+    """The copy of the embedding, for those layers, in a last chunk that isn't also the first."""
 
 
 DENSE_LAYER = frozenset({Section.LAYER, Section.DENSE})
 MOE_LAYER = frozenset({Section.LAYER, Section.MOE, Section.EXPERT})
+MTP_LAYER = MOE_LAYER | {Section.MTP}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,19 +96,36 @@ class ModelShape:
     moe_layers: frozenset[int] = frozenset()
     """Numbers of the layers with experts."""
     mtp_layers: int = 0
-    """Multi-token prediction layers that the checkpoint may hold beyond the others; not trained."""
+    """Multi-token prediction layers, numbered on from the others (`models/mtp.py`)."""
     latent: LatentAttention | None = None
     """None: grouped-query attention."""
 
     def layer_sections(self, layer: int) -> frozenset[Section]:
         """The sections that layer `layer` is made of."""
+        if layer >= self.num_layers:
+            return MTP_LAYER
         return MOE_LAYER if layer in self.moe_layers else DENSE_LAYER
 
     @property
     def layer_kinds(self) -> list[frozenset[Section]]:
-        """The different kinds of layers that this model has."""
+        """The different kinds of layers that this model has, without multi-token prediction."""
         moe, dense = bool(self.moe_layers), len(self.moe_layers) < self.num_layers
         return [DENSE_LAYER] * dense + [MOE_LAYER] * moe
+
+    @property
+    def all_kinds(self) -> list[frozenset[Section]]:
+        """The same with it."""
+        return self.layer_kinds + [MTP_LAYER] * bool(self.mtp_layers)
+
+    @property
+    def mtp_numbers(self) -> range:
+        """Numbers of the multi-token prediction layers."""
+        return range(self.num_layers, self.num_layers + self.mtp_layers)
+
+    @property
+    def all_layers(self) -> range:
+        """Numbers of all layers, those of multi-token prediction last."""
+        return range(self.num_layers + self.mtp_layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: latent attention (MLA), sigmoid router, shared experts, first layers dense.
+"""DeepSeek-V3: latent attention (MLA), sigmoid router, shared experts, first layers dense, MTP.
 
 Latent attention as megatron-core has it: down-projections to the latents, their norms, and
 up-projections by heads; keys share one rotated part.
@@ -30,6 +30,7 @@ from megatron_bridge.models.llama import (
     LLAMA_TENSORS,
     O_PROJ,
 )
+from megatron_bridge.models.mtp import MTP_ROWS, MTP_TENSORS
 from megatron_bridge.models.sigmoid_router import (
     ENGINE_ROWS,
     ROWS,
@@ -158,13 +159,14 @@ def _latent_rows(kind: str, down: str, norm: str, up: str) -> tuple[Row, ...]:
 DEEPSEEK_V3 = Architecture(
     name="DeepseekV3ForCausalLM",
     read_config=read_config,
-    tensors=(*FRAME_TENSORS, *ATTENTION_TENSORS, *TENSORS),
+    tensors=(*FRAME_TENSORS, *ATTENTION_TENSORS, *TENSORS, *MTP_TENSORS),
     rows=(
         *FRAME_ROWS,
         Row(Section.LAYER, "input_layernorm.weight", replicate, (INPUT_NORM,)),
         *_latent_rows("q", Q_DOWN, Q_NORM, Q_UP),
         *_latent_rows("kv", KV_DOWN, KV_NORM, KV_UP),
         *ROWS,
+        *MTP_ROWS,
     ),
     engine_rows=(
         *(each for each in LLAMA_ENGINE_ROWS if ".qkv_proj." not in each.name),

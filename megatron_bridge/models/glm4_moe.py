@@ -1,4 +1,4 @@
-"""GLM-4.5 (MoE): grouped-query attention with biases, half of a head rotated, sigmoid router.
+"""GLM-4.5 (MoE): grouped-query attention with biases, half of a head rotated, sigmoid router, MTP.
 
 With norms of query and key (355B) or without (106B, Air): two tables, chosen by `use_qk_norm`.
 """
@@ -10,6 +10,7 @@ from typing import Any
 from megatron_bridge.models.architecture import Architecture, ModelShape
 from megatron_bridge.models.config_fields import ConfigFields
 from megatron_bridge.models.llama import read_dense_config
+from megatron_bridge.models.mtp import MTP_ROWS, MTP_TENSORS
 from megatron_bridge.models.qwen2 import QWEN2
 from megatron_bridge.models.qwen3 import QK_NORM_ENGINE_ROWS, QK_NORM_ROWS, QK_NORM_TENSORS
 from megatron_bridge.models.sigmoid_router import (
@@ -45,8 +46,8 @@ def read_config(
 WITHOUT_QK_NORM = Architecture(
     name="Glm4MoeForCausalLM",
     read_config=read_config,
-    tensors=(*QWEN2.tensors, *TENSORS),
-    rows=(*QWEN2.rows, *ROWS),
+    tensors=(*QWEN2.tensors, *TENSORS, *MTP_TENSORS),
+    rows=(*QWEN2.rows, *ROWS, *MTP_ROWS),
     engine_rows=(*QWEN2.engine_rows, *ENGINE_ROWS_FLOAT32_ROUTER),
 )
 WITH_QK_NORM = replace(

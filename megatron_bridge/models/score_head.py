@@ -1,7 +1,7 @@
 """A scalar head in place of the output layer: reward models, *ForSequenceClassification.
 
 Body and names are those of the causal model; `score.weight`, [1, hidden], takes the place of
-lm_head, and an embedding that was tied is free.
+lm_head, an embedding that was tied is free, and nothing predicts later tokens.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,8 @@ def with_score_head(causal: Architecture) -> Architecture:
     ) -> tuple[ModelShape, dict[str, Any], dict[str, Any]]:
         shape, transformer, gpt = causal.read_config(config)
         free = {**gpt, "share_embeddings_and_output_weights": False}
-        return replace(shape, tied=False), transformer, free
+        transformer = {k: v for k, v in transformer.items() if k != "mtp_num_layers"}
+        return replace(shape, tied=False, mtp_layers=0), transformer, free
 
     outputs = {Section.OUTPUT, Section.TIED_OUTPUT}
     return replace(

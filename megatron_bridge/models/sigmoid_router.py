@@ -96,7 +96,9 @@ def read_sigmoid_experts(
     )
     if not shape.moe_layers:
         fields.complain(f"first_k_dense_replace = {dense}: no layer has experts")
+    mtp = {"mtp_num_layers": shape.mtp_layers} if shape.mtp_layers else {}
     return shape, {
+        **mtp,
         "num_moe_experts": experts,
         "moe_ffn_hidden_size": width,
         "moe_shared_expert_intermediate_size": shape.shared_ffn_size,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mtp_models import save_with_mtp
 
 TOKENS = torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -129,15 +130,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama3": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
 }
+MODELS |= {
+    "deepseek_v3_mtp": (
+        "DeepseekV3",
+        {**MODELS["deepseek_v3"][1], "num_nextn_predict_layers": 2},
+    ),
+    "glm4_moe_mtp": ("Glm4Moe", {**MODELS["glm4_moe"][1], "num_nextn_predict_layers": 1}),
+}
 
 
 def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
-    """Save model `name` under `path`; returns transformers' logits of TOKENS, [2, 24, V] fp32."""
+    """Save model `name` under `path`; returns transformers' logits of TOKENS, [2, 24, V] fp32;
+    behind them those of multi-token prediction, see `save_with_mtp`."""
     import transformers
 
     family, settings = MODELS[name]
+    settings = {**SIZES, **settings, **sizes}
+    depths = settings.get("num_nextn_predict_layers", 0)
+    settings["num_hidden_layers"] += depths
     config = getattr(transformers, f"{family}Config")(
-        **{**SIZES, **settings, **sizes}, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        **settings, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
@@ -150,6 +162,8 @@ def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # enough to change what is chosen
                 buffer.copy_(0.2 * torch.randn_like(buffer))
+        if depths:
+            return save_with_mtp(model, path, depths, TOKENS)
         model.save_pretrained(path)
         return model(TOKENS).logits
 

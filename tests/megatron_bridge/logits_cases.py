@@ -30,6 +30,8 @@ class Case:
     """Also write a directory, and make a second writer fail."""
     adapter: bool = False
     """Also with adapters that PEFT wrote: its logits, its files back, its merged weights."""
+    mtp: bool = True
+    """Build multi-token prediction layers, where the model has some; else they are carried."""
     convert: bool = False
     """Also load what `drivetrain-convert` wrote, save a checkpoint and convert that."""
 
@@ -38,7 +40,12 @@ class Case:
         """`qwen3_tied tp2 pp2`; one rank: `qwen3_tied tp1`."""
         sizes = [f"{key.removesuffix('_stage_layers')}{n}" for key, n in self.layout.items()]
         return " ".join(
-            [self.model, *(sizes or ["tp1"]), *(["wrong", self.wrong] if self.wrong else [])]
+            [
+                self.model,
+                *(sizes or ["tp1"]),
+                *(["wrong", self.wrong] if self.wrong else []),
+                *([] if self.mtp else ["carried"]),
+            ]
         )
 
     @property
@@ -87,6 +94,8 @@ CI = {
     "glm4_moe_air pp2 vpp2",
     "deepseek_v3 tp2 pp2 ep2",
     "deepseek_v3_rope tp2 etp2",
+    "deepseek_v3_mtp tp2",
+    "glm4_moe_mtp tp2 pp2 ep2",
     "qwen2_moe tp2 pp2 ep2",
     "qwen2_moe tp2 etp2",
     "qwen3_moe tp2 etp2",
@@ -106,6 +115,7 @@ CONVERT = {
     "glm4_moe_air pp2 vpp2",
     "qwen3_moe_mixed tp2 pp2 ep2",
     "deepseek_v3 tp2 pp2 ep2",
+    "glm4_moe_mtp tp2 pp2 ep2",
 }
 """For every change; at night every row is converted."""
 
@@ -135,6 +145,9 @@ CASES = [
     Case("qwen3_tied", {"tp": 2}, ci=True, wrong="qkv"),
     Case("qwen3_tied", {"tp": 2}, ci=True, wrong="gated"),
     Case("qwen3_moe", {"tp": 2, "etp": 2}, ci=True, wrong="expert_gated"),
+    Case("deepseek_v3_mtp", {"tp": 2}, ci=True, wrong="eh_proj"),
+    Case("deepseek_v3_mtp", {"tp": 2}, ci=True, mtp=False, convert=True),
+    Case("glm4_moe_mtp", {"pp": 2, "vpp": 2}, mtp=False, convert=True),
 ]
 assert {case.name for case in CASES} >= CI | SAVE | CONVERT | DST.keys()
 

@@ -116,7 +116,7 @@ def test_an_index_that_lies_is_refused(model, tmp_path):
 
 
 def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_change_it(tmp_path):
-    from megatron_bridge.load import check_tied
+    from megatron_bridge.load import check_copies
     from megatron_bridge.mapping import rank_views
     from megatron_bridge.models.architecture import Spec
 
@@ -127,17 +127,17 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_change_it(tmp_path):
         head[-1] += changed
         save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
         with HfCheckpoint(tmp_path) as checkpoint:
-            check_checkpoint(checkpoint, layout, 8)
+            model = check_checkpoint(checkpoint, layout, 8)
             config = checkpoint.config
             first, last = (
                 rank_views(config, layout, layout.coords(r), Spec.TORCH, 8) for r in (0, 1)
             )
-            check_tied(checkpoint, first)
+            check_copies(checkpoint, model, first)
             if changed:
                 with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
-                    check_tied(checkpoint, last)
+                    check_copies(checkpoint, model, last)
             else:
-                check_tied(checkpoint, last)
+                check_copies(checkpoint, model, last)
     save_file({**tensors, "lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     assert "lm_head.weight has shape (2, 2)" in refused(tmp_path)
 
