@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from framework.config import MemoryConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from framework.megatron.fsdp import FullyShardedDataParallel, gather, shard
-from framework.megatron.mtp import MTP_SETTINGS, mtp_block_spec
+from framework.megatron.mtp import MTP_SETTINGS, MtpModel, mtp_block_spec
 from framework.megatron.parallel import Mesh
 from framework.megatron.score_head import ScoreHead
 from framework.megatron.torch_spec import torch_block_spec
@@ -211,7 +212,10 @@ def build_chunks(
         else:
             spec = torch_block_spec(config, vp_stage=stage)
         place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
-        chunk = GPTModel(
+        build: Any = GPTModel
+        if config.mtp_num_layers:
+            build = partial(MtpModel, real_vocab_size=description.shape.vocab_size)
+        chunk = build(
             config=config,
             transformer_layer_spec=spec,
             mtp_block_spec=mtp_block_spec(config, spec, stage, te=uses_transformer_engine()),

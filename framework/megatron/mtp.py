@@ -8,7 +8,8 @@ over tokens that the policy wrote, divided by their count in the whole step. The
 gradient of this loss and clipping knows nothing of it, so the policy is trained as without them.
 `model.megatron.mtp_detach_heads=false` lets it flow, as in pre-training.
 
-Of the report: rows that pad the vocabulary count in the softmax, as in megatron-core's own losses.
+megatron-core's own loss gives probability to the rows that pad the vocabulary and weighs tokens by
+counts of their micro-batch; ours does neither, so that every layout trains alike.
 """
 
 from collections.abc import Sequence
@@ -17,19 +18,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
     get_gpt_mtp_block_spec_for_backend,
 )
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 
+from framework.megatron.logprobs import vocab_parallel_logprobs
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.parallel import Mesh
 from framework.megatron.torch_spec import TorchSpecProvider
 
 MTP_SETTINGS = {"mtp_detach_heads": True}
 """TransformerConfig's fields for a model with MTP layers."""
-_SUMS = ("loss_values", "correct_values", "total_values")
 
 
 def mtp_block_spec(config: Any, spec: Any, vp_stage: int | None, *, te: bool) -> Any:
@@ -43,35 +45,99 @@ def mtp_block_spec(config: Any, spec: Any, vp_stage: int | None, *, te: bool) ->
     )
 
 
-class MtpLoss:
-    """The scale and the figures of the MTP loss of one update."""
+class MtpModel(GPTModel):
+    """GPTModel with the MTP loss that this module describes."""
 
-    def __init__(self, config: Any, optimizer: Any, mesh: Mesh) -> None:
-        self._config, self._optimizer, self._mesh = config, optimizer, mesh
-        self._microbatches = 0
+    def __init__(self, *arguments: Any, real_vocab_size: int, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.real_vocab_size = real_vocab_size
+        self.mtp_masks: torch.Tensor | None = None
+        """[2, T]: what counts of the labels at the depth before, and where there is a label."""
+        self.mtp_packed: Any = None
+        self.mtp_sums: torch.Tensor | None = None
+        """[3] float64 over depths and micro-batches: loss, tokens guessed right, tokens."""
+
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Called for each depth in turn: cross-entropy [1, T] of labels [1, T] from logits
+        [T, 1, V / tp], weighted so that megatron-core's own weights drop out."""
+        if self.mtp_masks is None or not torch.is_grad_enabled():
+            return torch.zeros(labels.shape, device=logits.device)
+        groups: Any = self.pg_collection
+        rolled: Any = roll_tensor(
+            self.mtp_masks, cp_group=groups.cp, packed_seq_params=self.mtp_packed
+        )
+        self.mtp_masks = masks = rolled[0]
+        found = vocab_parallel_logprobs(
+            logits[:, 0], labels[0], self.real_vocab_size, self.tp_group
+        )
+        loss = -found[0] * masks[0]
+        right = _is_likeliest(logits[:, 0], labels[0], self.real_vocab_size, self.tp_group)
+        sums = torch.stack([loss.detach().sum(), (right * masks[0]).sum(), masks[0].sum()])
+        self.mtp_sums = sums.double() + (0 if self.mtp_sums is None else self.mtp_sums)
+        # It will multiply by all tokens over those that have a label.
+        return (loss * (masks[1].sum().clamp(min=1) / masks[1].numel()))[None]
+
+
+@torch.no_grad()
+def _is_likeliest(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp_group: Any
+) -> torch.Tensor:
+    """[T] bool: no token has a larger logit, of [T, V / tp], than the label has."""
+    columns = logits.size(-1)
+    start = tp_group.rank() * columns
+    real = torch.arange(start, start + columns, device=logits.device) < vocab_size
+    logits = logits.detach().float().where(real, -torch.inf)
+    index = labels - start
+    here = (index >= 0) & (index < columns)
+    own = logits.gather(-1, index.where(here, 0)[:, None])[:, 0].where(here, -torch.inf)
+    both = torch.stack([own, logits.amax(-1)])
+    if tp_group.size() > 1:
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=tp_group)
+    return both[0] >= both[1]
+
+
+class MtpLoss:
+    """The scale and the figures of the MTP loss of a policy's updates."""
+
+    def __init__(self, policy: Any, mesh: Mesh) -> None:
+        self._config, self._optimizer = policy.config, policy.optimizer
+        self._models: list[MtpModel] = policy.chunks
+        self._mesh = mesh
 
     def begin(self, microbatches: Sequence[Microbatch]) -> None:
         """Before the passes of an update; a collective of the data-parallel ranks."""
-        tokens = torch.stack([batch.loss_mask.sum() for batch in microbatches]).sum()
+        tokens = torch.stack([self._mask(batch).sum() for batch in microbatches]).sum()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         dist.all_reduce(tokens, group=group)
-        # megatron-core adds up tokens, each micro-batch's as many as its labels.
         scale = self._optimizer.scale_loss(1 / tokens.clamp(min=1))
         self._config.mtp_grad_scale_func = lambda: scale
-        self._microbatches = len(microbatches)
-        MTPLossLoggingHelper.clean_metrics_in_tracker()
+        for model in self._models:
+            model.mtp_sums = None
+
+    def forward(self, batch: Microbatch) -> None:
+        """Before the model's forward pass over a micro-batch."""
+        mask = self._mask(batch)
+        for model in self._models:
+            model.mtp_masks = torch.stack([mask, torch.ones_like(mask)])
+            model.mtp_packed = batch.packed_seq_params
+
+    def _mask(self, batch: Microbatch) -> torch.Tensor:
+        """[T]: the policy's tokens, but for the first of a sequence, which not every depth
+        predicts: so all depths have as many."""
+        return batch.loss_mask * (batch.position_ids >= self._config.mtp_num_layers)
 
     def take_figures(self) -> dict[str, float]:
-        """Of the update: the mean loss of its micro-batches, and how many of the tokens the heads
-        would have had accepted. The same on every rank; a collective of all."""
-        sums = torch.zeros(4, dtype=torch.float64)
-        tracker = MTPLossLoggingHelper.tracker
-        if self._mesh.reports and "loss_values" in tracker:
-            sums[:3] = torch.stack([tracker[name].mean().cpu() for name in _SUMS])
-            sums[3] = self._microbatches
+        """Of the update: the mean loss of a token, and how many of the tokens the heads would have
+        had accepted. The same on every rank; a collective of all."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        found = self._models[-1].mtp_sums
+        if self._mesh.reports and found is not None:
+            sums += found.cpu()
         dist.all_reduce(sums)
-        loss, correct, total, microbatches = sums.tolist()
+        loss, right, tokens = sums.tolist()
         return {
-            "train/mtp_loss": loss / max(1.0, microbatches),
-            "train/mtp_accuracy": correct / max(1.0, total),
+            "train/mtp_loss": loss / max(1.0, tokens),
+            "train/mtp_accuracy": right / max(1.0, tokens),
         }

@@ -41,7 +41,7 @@ class StepRunner:
 
     def __post_init__(self) -> None:
         if self.policy.config.mtp_num_layers:
-            self.mtp_loss = MtpLoss(self.policy.config, self.policy.optimizer, self.mesh)
+            self.mtp_loss = MtpLoss(self.policy, self.mesh)
 
     def _run(
         self,
@@ -67,6 +67,8 @@ class StepRunner:
             batches: Iterator[Microbatch], model: torch.nn.Module
         ) -> tuple[torch.Tensor, LossFunction]:
             batch = next(batches)
+            if self.mtp_loss is not None:
+                self.mtp_loss.forward(batch)
             with self.routing.forward(batch) if self.routing else contextlib.nullcontext():
                 output = model(
                     batch.tokens[None],
@@ -74,7 +76,6 @@ class StepRunner:
                     None,
                     labels=batch.labels[None],
                     packed_seq_params=batch.packed_seq_params,
-                    loss_mask=batch.loss_mask[None],  # read by multi-token prediction only
                     output_processor=processor,
                     # Passes without a gradient have no use for the teacher's tokens.
                     output_processor_context=replace(

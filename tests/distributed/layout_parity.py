@@ -62,10 +62,12 @@ TEACHER_TOP_K = 5
 def measure(root: Path, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     """Train one rank for each model, then every case; a row of figures for each, by world size."""
     write_journal(root / "rollouts")
-    for model in dict.fromkeys(case.model for case in cases):
+    models = [name for case in cases for name in (case.model, plain_model(case)) if name]
+    for model in dict.fromkeys(models):
         create_model(model, root / "models" / model)
         to_megatron(root / "models" / model, root / "megatron" / model, max_file_bytes=1 << 30)
-    for case in {each.name: each for each in map(one_rank, cases)}.values():
+    alone = [*map(one_rank, cases), *(Case(plain_model(c)) for c in cases if plain_model(c))]
+    for case in {each.name: each for each in alone}.values():
         run_case(root, case)
     for case in sorted(cases, key=lambda case: case.world_size):
         run_case(root, case)
@@ -84,6 +86,11 @@ def run_case(root: Path, case: Case) -> None:
 def one_rank(case: Case) -> Case:
     """What a case is measured against."""
     return Case(case.model, objective=case.objective, lora=case.lora)
+
+
+def plain_model(case: Case) -> str:
+    """The same model without multi-token prediction; empty where it has none."""
+    return case.model.removesuffix("_mtp") if case.model.endswith("_mtp") else ""
 
 
 def compare(root: Path, case: Case) -> dict[str, Any]:
@@ -110,6 +117,19 @@ def compare(root: Path, case: Case) -> dict[str, Any]:
         ),
         "time_s": found["time_s"],
     }
+    if plain := plain_model(case):
+        alone = load_file(_path(root, Case(plain)).with_suffix(".safetensors"))
+        row["differs_from_plain"] = [n for n in alone if not alone[n].equal(expected[n])]
+        row["moved_mtp"] = max(
+            _difference(expected[n], start[n]) for n in expected.keys() - alone.keys()
+        )
+        row["mtp_loss_abs"], row["mtp_accuracy_abs"] = (
+            max(
+                abs(a[f"train/mtp_{key}"] - b[f"train/mtp_{key}"])
+                for a, b in zip(found["steps"], wanted["steps"], strict=True)
+            )
+            for key in ("loss", "accuracy")
+        )
     for key in ("loss", "entropy", "grad_norm"):
         pairs = zip(found["steps"], wanted["steps"], strict=True)
         name = f"train/{key}"
@@ -286,7 +306,9 @@ def train(root: Path, case: Case, rank: int) -> None:
     config = RunConfig(
         mode="train_only",
         num_steps=NUM_STEPS,
-        model=ModelConfig(hf_path=str(hf_dir), init_from=start, lora=adapters(case)),
+        model=ModelConfig(
+            hf_path=str(hf_dir), init_from=start, lora=adapters(case), mtp=bool(plain_model(case))
+        ),
         parallel=ParallelConfig(timeout_s=CASE_TIMEOUT_S, **case.parallel),
         memory=MemoryConfig(**case.memory),
         **{"eval": EvalConfig(at_start=False, at_end=False), **objective(case, hf_dir)},

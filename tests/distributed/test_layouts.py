@@ -56,6 +56,27 @@ def test_layout_trains_as_one_rank(ci_rows, name):
     check(ci_rows[name])
 
 
+def check_mtp(row: dict[str, Any]) -> None:
+    """Heads for later tokens learn the same in every layout, and the policy nothing of them."""
+    check(row)
+    assert row["differs_from_plain"] == []
+    assert row["moved_mtp"] > 100 * WEIGHT_TOLERANCE
+    assert row["mtp_loss_abs"] <= 1e-5
+    assert row["mtp_accuracy_abs"] == 0
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES if c.ci and c.model.endswith("_mtp")])
+def test_multi_token_prediction_learns_beside_the_policy(ci_rows, name):
+    check_mtp(ci_rows[name])
+
+
+@pytest.mark.nightly  # with the other layouts of the night
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", [c.name for c in CASES if not c.ci and c.model.endswith("_mtp")])
+def test_multi_token_prediction_learns_beside_the_policy_at_night(all_rows, name):
+    check_mtp(all_rows[name])
+
+
 def test_a_planted_mistake_is_beyond_the_bounds(ci_rows):
     """Norms whose gradients stay partial: what this table is there to see."""
     assert ci_rows[PLANTED.name]["weight_abs"] > 10 * WEIGHT_TOLERANCE

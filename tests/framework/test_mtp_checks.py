@@ -1,0 +1,110 @@
+"""What model.mtp=true refuses, by key."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from framework.checks import check_config
+from framework.compose import compose_config
+from framework.plan.stages import model_values
+from megatron_bridge.mapping import hf_shapes
+
+GLM = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "attention_bias": True,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 4096,
+    "num_nextn_predict_layers": 1,
+}
+
+
+@functools.cache
+def smoke():
+    """Composing takes a quarter of a second, so this is done once."""
+    return compose_config(["experiment=smoke", "stage=sft"])
+
+
+def make(path, *, tensors=True, **changes):
+    """A directory with such layers; `tensors`: also in its files."""
+    path.mkdir()
+    config = {**GLM, **changes}
+    (path / "config.json").write_text(json.dumps(config))
+    shapes = hf_shapes(config if tensors else {**config, "num_nextn_predict_layers": 0})
+    save_file({n: torch.zeros(s) for n, s in shapes.items()}, path / "model.safetensors")
+    return path
+
+
+def run_with(hf_dir, **changes):
+    """A run on that directory, with changes by dotted key (`__` for the dot)."""
+    config = copy.deepcopy(smoke())
+    config.model.hf_path, config.model.mtp = str(hf_dir), True
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        setattr(functools.reduce(getattr, sections, config), name, value)
+    return config
+
+
+def errors_of(hf_dir, **changes):
+    """What of it is refused for model.mtp."""
+    return [each for each in check_config(run_with(hf_dir, **changes)) if "mtp" in each]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__lora__rank": 4}, "model.mtp=True: not with model.lora.rank=4"),
+        ({"parallel__fsdp": True}, "model.mtp=True: not with parallel.fsdp=True"),
+        ({"stage": "reward_model"}, "model.mtp=True: a reward model predicts no tokens"),
+        (
+            {"memory__recompute": "full", "memory__recompute_method": "block"},
+            "memory.recompute_method=block; must be uniform",
+        ),
+        (
+            {"memory__recompute": "full", "memory__recompute_layers": 2},
+            "needs memory.recompute_layers=1, not 2",
+        ),
+        ({"model__hf_path": ""}, "model.tiny has no multi-token prediction layers"),
+        (
+            {"model__mtp": False, "model__megatron": {"mtp_loss_scaling_factor": 0.3}},
+            "model.megatron.mtp_loss_scaling_factor: there are no such layers; set model.mtp=true",
+        ),
+        ({"model__megatron": {"mtp_num_layers": 2}}, "set by Drivetrain from model.mtp"),
+    ],
+)
+def test_what_cannot_work_is_named(tmp_path, changes, said):
+    assert any(said in each for each in errors_of(make(tmp_path / "hf"), **changes))
+
+
+def test_a_model_with_the_layers_is_taken_and_one_without_is_not(tmp_path):
+    good = make(tmp_path / "good")
+    assert errors_of(good) == []
+    assert errors_of(good, model__megatron={"mtp_loss_scaling_factor": 0.3}) == []
+    none = make(tmp_path / "none", num_nextn_predict_layers=0)
+    assert any("(num_nextn_predict_layers of its config.json is 0)" in e for e in errors_of(none))
+    dropped = make(tmp_path / "dropped", tensors=False)
+    assert any(f"the files of model.hf_path={dropped} hold no" in e for e in errors_of(dropped))
+    later = errors_of(good, model__init_from=str(dropped))
+    assert any(f"the files of model.init_from={dropped} hold no" in e for e in later)
+    tied = make(tmp_path / "tied", tie_word_embeddings=True)
+    assert any("under parallel.pp=2; must be 1" in e for e in errors_of(tied, parallel__pp=2))
+
+
+def test_a_plan_counts_them_where_they_are_built(tmp_path):
+    hf_dir = make(tmp_path / "hf")
+    built, left = (model_values(run_with(hf_dir, model__mtp=mtp)) for mtp in (True, False))
+    assert hf_shapes(built).keys() - hf_shapes(left).keys() >= {"model.layers.4.eh_proj.weight"}
