@@ -7,9 +7,10 @@ prompts, chosen by a hash of their identity, is set aside for evaluation.
 import asyncio
 import inspect
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, TypeVar
 
+from rollout.boundary import close_environment
 from rollout.config import DataConfig, RolloutConfig
 from rollout.environments import Environment, find_environment
 from rollout.mixture import domain_seed, read_domains
@@ -44,6 +45,11 @@ class PromptStream:
     def num_prompts(self) -> int:
         """Of a task that has only so many; 0: it has no end."""
         return len(self._finite or [])
+
+    @property
+    def timeout_s(self) -> float:
+        """Bound of one step of an environment."""
+        return self._data.timeout_s
 
     def environments(self, index: int, count: int) -> list[Environment]:
         """`count` episodes of prompt `index`, all with the same initial state."""
@@ -119,23 +125,46 @@ def demonstrations(
 
 async def _demonstration(chat: Chat, stream: PromptStream, prompt: int, place: int) -> Sample:
     (environment,) = stream.environments(prompt, 1)
-    return await play(chat, environment, environment.demonstration(), group_id=place, index=0)
+    replies = environment.demonstration()
+    return await play(chat, environment, replies, stream.timeout_s, group_id=place, index=0)
 
 
 async def play(
-    chat: Chat, environment: Environment, replies: list[str], *, group_id: int, index: int
+    chat: Chat,
+    environment: Environment,
+    replies: list[str],
+    timeout_s: float,
+    *,
+    group_id: int,
+    index: int,
 ) -> Sample:
-    """The episode in which the policy gives these replies, one a turn; log-probs and versions 0."""
-    transcript = Transcript(chat.prompt(await environment.initial_messages()))
+    """The episode in which the policy gives these replies, one a turn; log-probs and versions 0.
+
+    ValueError: the environment did not answer one within timeout_s.
+    """
+
+    async def within(call: Awaitable[T]) -> T:
+        async with asyncio.timeout(timeout_s):
+            return await call
+
     reward = 0.0
-    for reply in replies:
-        tokens = [*chat.tokens(reply), chat.end_id]
-        transcript.add_reply(tokens, logprobs=[0.0] * len(tokens), versions=[0] * len(tokens))
-        step = await environment.step(reply)
-        reward += step.reward
-        if step.done:
-            break
-        transcript.add_observation(chat.continuation(step.messages, ended=True))
+    try:
+        transcript = Transcript(chat.prompt(await within(environment.initial_messages())))
+        for reply in replies:
+            tokens = [*chat.tokens(reply), chat.end_id]
+            transcript.add_reply(tokens, logprobs=[0.0] * len(tokens), versions=[0] * len(tokens))
+            step = await within(environment.step(reply))
+            reward += step.reward
+            if step.done:
+                break
+            transcript.add_observation(chat.continuation(step.messages, ended=True))
+    except TimeoutError:
+        raise ValueError(
+            f"{type(environment).__name__}: no answer to a reply of its demonstration within "
+            f"data.timeout_s={timeout_s:g}"
+        ) from None
+    finally:
+        close_environment(environment)
     return transcript.sample(
         group_id=group_id, index=index, reward=reward, metadata=environment.describe()
     )

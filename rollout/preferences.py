@@ -90,11 +90,12 @@ async def _task_pair(chat: Chat, stream: PromptStream, seed: int, index: int) ->
     for k in range(_MAX_PROMPTS):
         prompt = index + k * _NEXT_PROMPT
         (environment,) = stream.environments(prompt, 1)
-        right = await play(chat, environment, environment.demonstration(), group_id=index, index=0)
+        replies, limit_s = environment.demonstration(), stream.timeout_s
+        right = await play(chat, environment, replies, limit_s, group_id=index, index=0)
         for _ in range(_MAX_DRAWS):
             (environment,) = stream.environments(prompt, 1)
             replies = environment.mistake(draws)
-            wrong = await play(chat, environment, replies, group_id=index, index=1)
+            wrong = await play(chat, environment, replies, limit_s, group_id=index, index=1)
             if wrong.reward < right.reward:
                 return [replace(right, reward=1.0), replace(wrong, reward=0.0)]
     raise ValueError(

@@ -93,6 +93,18 @@ class EchoEnvironment(Environment):
         return {"prompt": "q0", "answer": "q0"}
 
 
+class ShownEnvironment(EchoEnvironment):
+    """Can be shown; counts the episodes that are over."""
+
+    ended = 0
+
+    def demonstration(self) -> list[str]:
+        return ["q0", "q1"]
+
+    def close(self) -> None:
+        ShownEnvironment.ended += 1
+
+
 class SlowEnvironment(Environment):
     """Its step waits for the gate; every second prompt pays."""
 

@@ -10,6 +10,7 @@ from rollout.environments import ENVIRONMENTS
 from rollout.environments.sort import SortEnvironment
 from rollout.seeds import derive_seed
 from rollout.tokens import Chat
+from tests.rollout.fakes import ShownEnvironment
 
 
 def identities(split: Split, count: int, seed: int = 0, **changes: Any) -> list[str]:
@@ -114,6 +115,17 @@ def test_demonstrations_are_the_answer_and_the_end_token(tiny_model_dir):
         assert sample.reward == 1.0
         assert not sample.rollout_logprobs.any()
         assert not sample.versions.any()
+
+
+def test_a_demonstration_that_hangs_ends_with_the_reason(tiny_model_dir):
+    tokenizer = Chat.load(str(tiny_model_dir)).tokenizer
+    task = "tests.rollout.fakes.ShownEnvironment"
+    (sample,) = demonstrations(DataConfig(task=task), tokenizer, 0, 0, 1)
+    assert (sample.reward, ShownEnvironment.ended) == (2.0, 1)
+    data = DataConfig(task=task, args={"trouble": "hangs"}, timeout_s=0.2)
+    with pytest.raises(ValueError, match=r"no answer .* within data\.timeout_s=0\.2"):
+        demonstrations(data, tokenizer, 0, 0, 1)
+    assert ShownEnvironment.ended == 2
 
 
 def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
