@@ -1,10 +1,12 @@
-"""Two-bit weights: -1, 0 or 1 times a scale for each row, the largest magnitude in it.
+"""Two-bit weights: -1, 0 or 1 times a scale for every 16 of a row, the largest magnitude in them.
 
-Symmetric rounding to nearest, one scale for each output channel: the plainest two-bit format, and
-the one that changes a model most.
+Symmetric rounding to nearest. Blocks of 16 are those of llama.cpp's two-bit format, Q2_K; here a
+scale may be any number. Only what is left of a weight after it has been stored so, not the storage.
 """
 
 import torch
+
+BLOCK = 16
 
 
 def round_int2(weight: torch.Tensor) -> torch.Tensor:
@@ -13,9 +15,11 @@ def round_int2(weight: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: the weight is not finite.
     """
-    values = weight.float()
-    scale = values.abs().amax(1, keepdim=True)
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK))
+    blocks = padded.view(rows, -1, BLOCK)
+    scale = blocks.abs().amax(-1, keepdim=True)
     if not scale.isfinite().all():
         raise ValueError("it holds values that are not finite, which two bits cannot")
     scale[scale == 0] = 1.0
-    return (values / scale).round() * scale
+    return ((blocks / scale).round() * scale).view(rows, -1)[:, :columns]
