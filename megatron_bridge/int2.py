@@ -1,12 +1,12 @@
-"""Two-bit weights: -1, 0 or 1 times a scale for every 16 of a row, the largest magnitude in them.
+"""Two-bit weights: -1, 0 or 1 times a scale for every 32 of a row, the largest magnitude in them.
 
-Symmetric rounding to nearest. Blocks of 16 are those of llama.cpp's two-bit format, Q2_K; here a
-scale may be any number. Only what is left of a weight after it has been stored so, not the storage.
+Symmetric rounding to nearest, in blocks as large as MXFP4's, but of any scale. Only what is left of
+a weight after it has been stored so, not the storage.
 """
 
 import torch
 
-BLOCK = 16
+BLOCK = 32
 
 
 def round_int2(weight: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Effect:
     without: tuple[str, ...]
     having: tuple[str, ...]
     margin: float = 0.1
+    """Below 0: the arm with it may end lower, by as much."""
     figure: str = ""
     """Instead of accuracy: the mean of this figure over all steps, which must fall, by at least
     `margin` of what it is without."""
@@ -66,6 +68,13 @@ EFFECTS = {
         both=(BASE, "rollout.max_staleness_steps=8", *SHORT),
         without=("algorithm.loss=policy_gradient",),
         having=("algorithm.old_logprobs=engine",),
+    ),
+    "lora": Effect(
+        says="adapters (arXiv 2106.09685) are within .05 of training the whole model",
+        both=("experiment=calculator_lora", "parallel=single"),
+        without=("model.lora.rank=0", "optimizer.lr=4e-4"),
+        having=(),
+        margin=-0.05,
     ),
     "routes": Effect(
         says="replay of the engine's routes (arXiv 2510.11370), engine and trainer bf16",
@@ -141,7 +150,8 @@ def row_of(name: str, without: Outcome, having: Outcome) -> dict:
         shows = first - second >= effect.margin * first
     elif effect.final:  # what was served before it is of other weights: no figure to set beside
         try:
-            first, second = (own_accuracy(each) for each in (without, having))
+            with ThreadPoolExecutor() as pool:
+                first, second = pool.map(own_accuracy, (without, having))
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             return row | {"verdict": f"{FAILED}evaluation: {error}"}
         shows = second - first >= effect.margin

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from framework.compose import compose_config
 from framework.config import RunConfig
+from framework.config_lora import LoraConfig
 from framework.launch.prepare import write_run
 from framework.launch.roles import trainer_role
 from framework.progress import RunHistory
@@ -140,7 +141,8 @@ def sweep_as_told(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterato
 def _warm_key(run: Run) -> str:
     """What runs have in common that can begin with the same weights."""
     config = run.config()
-    return repr((config.model, config.data.task, config.data.args, config.warm_start, run.seed))
+    model = dataclasses.replace(config.model, lora=LoraConfig())  # a warm start trains the whole
+    return repr((model, config.data.task, config.data.args, config.warm_start, run.seed))
 
 
 def _warm_starts(

@@ -67,7 +67,7 @@ def test_the_least_and_the_largest_are_rounded_like_all_others(dtype):
     ]
 
 
-def test_two_bits_hold_a_sign_or_nothing_of_the_largest_of_sixteen():
+def test_two_bits_hold_a_sign_or_nothing_of_the_largest_of_32():
     weight = torch.tensor([[4.0, -2.1, 1.9, -4.0], [0.0, 0.0, 0.0, 0.0], [0.1, 0.3, -0.4, 0.05]])
     assert round_int2(weight).tolist() == [
         [4, -4, 0, -4],
@@ -75,10 +75,10 @@ def test_two_bits_hold_a_sign_or_nothing_of_the_largest_of_sixteen():
         pytest.approx([0, 0.4, -0.4, 0]),
     ]
     torch.manual_seed(0)
-    weight = torch.randn(5, 40) * torch.logspace(-3, 3, 5)[:, None]
+    weight = torch.randn(5, 70) * torch.logspace(-3, 3, 5)[:, None]
     found = round_int2(weight)
-    for first in (0, 16, 32):
-        block, ours = (x[:, first : first + 16] for x in (weight, found))
+    for first in (0, 32, 64):
+        block, ours = (x[:, first : first + 32] for x in (weight, found))
         scale = block.abs().amax(1, keepdim=True)
         assert torch.equal(ours, torch.where(block.abs() > scale / 2, block.sign() * scale, 0.0))
     assert torch.equal(round_int2(found), found)
