@@ -121,7 +121,9 @@ def main() -> int:
         shown = [row["verdict"] == "shows" for row in rows if row["effect"] == name]
         effect = EFFECTS[name]
         better = f"less {effect.figure} by a share of" if effect.figure else "more accuracy by"
-        print(f"{name}: {better} {effect.margin:g} on {sum(shown)} of {len(shown)} seeds")
+        if effect.margin < 0:
+            better = "less accuracy by at most"
+        print(f"{name}: {better} {abs(effect.margin):g} on {sum(shown)} of {len(shown)} seeds")
     return int(failed)
 
 
