@@ -10,8 +10,9 @@ process grew beyond the model.
 "direct": what weight_sync=direct does to the same model for an engine of two ranks, packing and
 placing, which are two machines' work, each by itself and one after the other (`weights_direct.py`).
 Then plans of large models, from their config.json alone, and what their bytes take at least on
-named clusters. --mbridge: the same load and export by mbridge, or why it does not run here. Needs
-no GPU; a minute, and on disk the size of the model.
+named clusters. --mbridge: the same load and export by mbridge 0.15.1, where it is installed, of the
+same megatron-core model (`weights_mbridge.py`); its tensors are compared with the files first.
+Needs no GPU; a minute, and on disk the size of the model.
 """
 
 import argparse
@@ -99,22 +100,29 @@ def start_rank(root: Path) -> None:
     model_parallel_cuda_manual_seed(1)
 
 
+def build(hf_dir: Path) -> tuple[dict[str, Any], list[Any]]:
+    """config.json and the megatron-core model, weights not yet loaded."""
+    from framework.config import ModelConfig, ParallelConfig
+    from framework.megatron.model import build_chunks, transformer_config
+    from megatron_bridge.hf_checkpoint import read_config
+
+    config = read_config(hf_dir)
+    model = ModelConfig(hf_path=str(hf_dir), dtype="bfloat16")
+    return config, build_chunks(config, transformer_config(config, model, ParallelConfig()), 8)
+
+
 def ours(hf_dir: Path, root: Path, size: int, out: Any) -> None:
     """Load and export by this project; rows into the queue `out`."""
     import torch
 
     start_rank(root)
-    from framework.config import ModelConfig, ParallelConfig
-    from framework.megatron.model import build_chunks, transformer_config
     from megatron_bridge.export import ExportBuffers, export_buckets
     from megatron_bridge.export_plan import ExportPlan
-    from megatron_bridge.hf_checkpoint import read_config
     from megatron_bridge.layout import Layout
     from megatron_bridge.load import detect_spec, load_hf
 
-    config, layout = read_config(hf_dir), Layout()
-    model = ModelConfig(hf_path=str(hf_dir), dtype="bfloat16")
-    chunks = build_chunks(config, transformer_config(config, model, ParallelConfig()), 8)
+    layout = Layout()
+    config, chunks = build(hf_dir)
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.zero_()  # the model's own memory is no part of the first load
@@ -145,18 +153,12 @@ def mbridge(hf_dir: Path, root: Path, size: int, out: Any) -> None:
     """The same by mbridge; an error goes to a file under `root`."""
     sys.stderr = (root / ERRORS).open("w")
     start_rank(root)
-    import torch
-    from mbridge import AutoBridge  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import load_file
+    from weights_mbridge import actions
 
-    bridge = AutoBridge.from_pretrained(str(hf_dir))
-    model = bridge.get_model(weight_path=None)
-
-    def export() -> None:
-        assert sum(tensor.nbytes for _, tensor in bridge.export_weights(model)) >= size
-        assert torch.is_grad_enabled()
-
-    rows = {"mbridge load": timed(lambda: bridge.load_weights(model, str(hf_dir)))}
-    out.put(rows | {"mbridge export": timed(export)})
+    truth = {n: t for path in hf_dir.glob("*.safetensors") for n, t in load_file(path).items()}
+    todo = actions(hf_dir, build(hf_dir)[1], size, truth)
+    out.put({name: timed(action) for name, action in todo.items()})
 
 
 def in_process(action: Callable[..., None], *arguments: Any) -> dict[str, Timed]:
