@@ -73,7 +73,7 @@ class MtpModel(GPTModel):
             logits[:, 0], labels[0], self.real_vocab_size, self.tp_group
         )
         loss = -found[0] * masks[0]
-        right = _is_likeliest(logits[:, 0], labels[0], self.real_vocab_size, self.tp_group)
+        right = is_likeliest(logits[:, 0], labels[0], self.real_vocab_size, self.tp_group)
         sums = torch.stack([loss.detach().sum(), (right * masks[0]).sum(), masks[0].sum()])
         self.mtp_sums = sums.double() + (0 if self.mtp_sums is None else self.mtp_sums)
         # It will multiply by all tokens over those that have a label.
@@ -81,7 +81,7 @@ class MtpModel(GPTModel):
 
 
 @torch.no_grad()
-def _is_likeliest(
+def is_likeliest(
     logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, tp_group: Any
 ) -> torch.Tensor:
     """[T] bool: no token has a larger logit, of [T, V / tp], than the label has."""

@@ -272,7 +272,7 @@ CASES = [
     _case("deepseek", SP, tp=2, cp=2),
     _case("deepseek", cp=2),
     _case("deepseek", SP, OPT, tp=2, pp=2, dp=2, ep=4),
-    _case("deepseek_mtp", SP, tp=2, ci=True),
+    _case("deepseek_mtp", SP, tp=2),
     _case("deepseek_mtp", pp=2),
     _case("deepseek_mtp", SP, OPT, tp=2, pp=2, vpp=2, ep=2),
     _case("deepseek_mtp", OPT, dp=2),

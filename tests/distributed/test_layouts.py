@@ -65,15 +65,10 @@ def check_mtp(row: dict[str, Any]) -> None:
     assert row["mtp_accuracy_abs"] == 0
 
 
-@pytest.mark.parametrize("name", [c.name for c in CASES if c.ci and c.model.endswith("_mtp")])
-def test_multi_token_prediction_learns_beside_the_policy(ci_rows, name):
-    check_mtp(ci_rows[name])
-
-
 @pytest.mark.nightly  # with the other layouts of the night
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [c.name for c in CASES if not c.ci and c.model.endswith("_mtp")])
-def test_multi_token_prediction_learns_beside_the_policy_at_night(all_rows, name):
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.model.endswith("_mtp")])
+def test_multi_token_prediction_learns_beside_the_policy(all_rows, name):
     check_mtp(all_rows[name])
 
 

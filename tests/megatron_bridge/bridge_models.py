@@ -141,7 +141,18 @@ MODELS |= {
 
 def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
     """Save model `name` under `path`; returns transformers' logits of TOKENS, [2, 24, V] fp32;
-    behind them those of multi-token prediction, see `save_with_mtp`."""
+    behind them those of multi-token prediction, where its tokens are known."""
+    model, depths = random_model(name, **sizes)
+    with torch.no_grad():
+        if depths:
+            return torch.cat(save_with_mtp(model, path, depths).logits(TOKENS), dim=1)
+        model.save_pretrained(path)
+        return model(TOKENS).logits
+
+
+def random_model(name: str, **sizes: Any) -> tuple[Any, int]:
+    """transformers' model in fp32, and how many of its layers, the last ones, are for multi-token
+    prediction."""
     import transformers
 
     family, settings = MODELS[name]
@@ -162,10 +173,7 @@ def create_model(name: str, path: Path, **sizes: Any) -> torch.Tensor:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # enough to change what is chosen
                 buffer.copy_(0.2 * torch.randn_like(buffer))
-        if depths:
-            return save_with_mtp(model, path, depths, TOKENS)
-        model.save_pretrained(path)
-        return model(TOKENS).logits
+    return model, depths
 
 
 def patterned(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ hand, under the names of the hub's checkpoints, and their logits follow arXiv 24
 23, around transformers' own decoder layer. Nothing of the converter is used.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,26 @@ from torch.nn.functional import rms_norm
 COPIES = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
 
 
-def save_with_mtp(model: Any, path: Path, depths: int, tokens: torch.Tensor) -> torch.Tensor:
-    """Save `model`, whose last `depths` layers are those of multi-token prediction, under `path`.
+@dataclass
+class MtpReference:
+    """A model, its layers for later tokens, and what each has of its own."""
 
-    Returns [B, S + (S - 1) + ... , V]: logits of the next token, then of depth 1, 2, ..., each
-    where its tokens are known.
-    """
+    model: Any
+    layers: list[Any]
+    own: list[dict[str, torch.Tensor]]
+
+    def logits(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """[B, S, V] of the next token, [B, S - k, V] of depth k = 1, 2, ..."""
+        hidden = self.model.model(tokens).last_hidden_state
+        found = [self.model.lm_head(hidden)]
+        for depth, (layer, own) in enumerate(zip(self.layers, self.own, strict=True), 1):
+            hidden = depth_hidden(self.model, layer, own, hidden, tokens, depth)
+            found.append(self.model.lm_head(hidden)[:, :-depth])
+        return found
+
+
+def save_with_mtp(model: Any, path: Path, depths: int) -> MtpReference:
+    """Save `model`, whose last `depths` layers are for multi-token prediction, under `path`."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig
 
@@ -40,12 +55,7 @@ def save_with_mtp(model: Any, path: Path, depths: int, tokens: torch.Tensor) -> 
     config.save_pretrained(path)
     model.config.num_hidden_layers = main
     model.model.layers = layers[:main]
-    hidden = model.model(tokens).last_hidden_state
-    logits = [model.lm_head(hidden)]
-    for depth, added in enumerate(own, 1):
-        hidden = depth_hidden(model, layers[main + depth - 1], added, hidden, tokens, depth)
-        logits.append(model.lm_head(hidden)[:, :-depth])
-    return torch.cat(logits, dim=1)
+    return MtpReference(model, list(layers[main:]), own)
 
 
 def _own_tensors(hidden_size: int) -> dict[str, torch.Tensor]:
