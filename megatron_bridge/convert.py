@@ -152,8 +152,8 @@ def verify(arguments: argparse.Namespace) -> int:
     """HF_DIR through every rank of a layout and back."""
     layout = _layout(arguments)
     from megatron_bridge.hf_checkpoint import HfCheckpoint
-    from megatron_bridge.mapping import check
     from megatron_bridge.models.architecture import Spec
+    from megatron_bridge.table_check import check
     from megatron_bridge.verify import verify_hf
 
     multiple = arguments.vocab_pad_multiple

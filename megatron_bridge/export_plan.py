@@ -22,7 +22,6 @@ import torch
 from megatron_bridge.hf_checkpoint import DTYPE_NAMES
 from megatron_bridge.layout import Layout
 from megatron_bridge.mapping import (
-    check,
     holders,
     layer_name,
     local_prefix,
@@ -32,6 +31,7 @@ from megatron_bridge.mapping import (
 )
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import MTP_LAYER, ModelDescription, Section, Spec
+from megatron_bridge.table_check import check
 from megatron_bridge.uncollected import uncollected
 from megatron_bridge.views import Box, Index
 

@@ -13,11 +13,12 @@ from torch import nn
 
 from megatron_bridge.hf_checkpoint import DTYPES, HfCheckpoint
 from megatron_bridge.layout import Coords, Layout
-from megatron_bridge.mapping import Views, check, rank_views
+from megatron_bridge.mapping import Views, rank_views
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import EMBEDDING, OUTPUT, ModelDescription, Spec
 from megatron_bridge.models.mtp import mtp_copies
 from megatron_bridge.models.score_head import SCORE, has_score_head, score_config
+from megatron_bridge.table_check import check
 from megatron_bridge.views import fill
 
 TE_MARKS = (

@@ -16,8 +16,9 @@ from framework.config import RunConfig
 from framework.megatron.model import build_chunks, transformer_config
 from framework.megatron.parallel import start_mesh, stop_mesh
 from megatron_bridge.load import check_model, detect_spec, parameters
-from megatron_bridge.mapping import check, rank_views
+from megatron_bridge.mapping import rank_views
 from megatron_bridge.models import describe
+from megatron_bridge.table_check import check
 
 
 def build_rank(config: RunConfig, values: dict[str, Any], rank: int) -> dict[str, tuple[int, ...]]:

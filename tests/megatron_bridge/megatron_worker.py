@@ -155,7 +155,8 @@ def run_case(rank: int, root: Path, case: Case) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from megatron_bridge.export import ExportBuffers, export_buckets
-    from megatron_bridge.mapping import check, hf_shapes
+    from megatron_bridge.mapping import hf_shapes
+    from megatron_bridge.table_check import check
 
     hf_dir = root / case.model
     layout, plan, chunks = build(rank, hf_dir, case.layout, mtp=case.mtp)

@@ -5,9 +5,9 @@ from bridge_models import LLAMA3_ROPE, MODELS, SIZES
 
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.layout import Layout, padded_vocab_size
-from megatron_bridge.mapping import check
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import Spec
+from megatron_bridge.table_check import check
 
 
 def config(family="Qwen3", **changes):

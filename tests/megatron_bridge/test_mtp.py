@@ -15,11 +15,12 @@ from megatron_bridge.direct_plan import DirectPlan
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.hf_checkpoint import HfCheckpoint
 from megatron_bridge.layout import Layout
-from megatron_bridge.mapping import check, hf_shapes
+from megatron_bridge.mapping import hf_shapes
 from megatron_bridge.models import describe
 from megatron_bridge.models.architecture import Spec
 from megatron_bridge.models.mtp import FIELD, mtp_copies, without_mtp
 from megatron_bridge.mtp_export import mtp_source
+from megatron_bridge.table_check import check
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES = [name for name in MODELS if name.endswith("_mtp")]

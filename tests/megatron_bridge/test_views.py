@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from megatron_bridge.export_plan import ExportPlan
 from megatron_bridge.layout import Coords, Layout
 from megatron_bridge.mapping import (
-    check,
     engine_views,
     hf_shapes,
     layer_name,
@@ -21,6 +20,7 @@ from megatron_bridge.mapping import (
 from megatron_bridge.models import ARCHITECTURES, describe
 from megatron_bridge.models.architecture import Spec
 from megatron_bridge.models.mtp import without_mtp
+from megatron_bridge.table_check import check
 from megatron_bridge.views import copy_in, tiling_errors
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
