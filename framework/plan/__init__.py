@@ -16,6 +16,7 @@ from framework.plan.ranks import rank_table
 from framework.plan.stages import model_values, read_stages
 from framework.plan.traffic import push_line, step_lines
 from megatron_bridge.mapping import hf_shapes
+from megatron_bridge.models.mtp import without_mtp
 
 
 def describe_run(config: RunConfig) -> str:
@@ -47,7 +48,8 @@ def estimate_sections(config: RunConfig) -> list[str]:
     sections += memory_lines(config, worst)
     sections += ["", "# A step (estimated)", *step_lines(config, values, stages[worst.pp])]
     if needs_engines(config):
-        weights = whole * (4 if config.rollout.engine.dtype == "float32" else 2)
+        pushed = sum(prod(shape) for shape in hf_shapes(without_mtp(values)).values())
+        weights = pushed * (4 if config.rollout.engine.dtype == "float32" else 2)
         sections += [push_line(config, weights), *engine_lines(config, weights)]
         sections += ["generation: not estimated"]
     return sections

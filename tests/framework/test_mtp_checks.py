@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from framework.checks import check_config
 from framework.compose import compose_config
+from framework.plan import estimate_sections
 from framework.plan.stages import model_values
 from megatron_bridge.mapping import hf_shapes
 
@@ -108,3 +109,10 @@ def test_a_plan_counts_them_where_they_are_built(tmp_path):
     hf_dir = make(tmp_path / "hf")
     built, left = (model_values(run_with(hf_dir, model__mtp=mtp)) for mtp in (True, False))
     assert hf_shapes(built).keys() - hf_shapes(left).keys() >= {"model.layers.4.eh_proj.weight"}
+    told = [
+        estimate_sections(run_with(hf_dir, stage="rl", model__mtp=mtp)) for mtp in (True, False)
+    ]
+    held, fewer = ([x for x in lines if "parameters in all" in x] for lines in told)
+    assert held != fewer
+    pushed, same = ([x for x in lines if "push" in x] for lines in told)
+    assert pushed == same != []
