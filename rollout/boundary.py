@@ -110,6 +110,7 @@ def failed_sample(sample: Sample, reason: str) -> Sample:
         metadata={"error": reason},
         reward=0.0,
         rewards={},
+        turn_rewards=[0.0] * len(sample.turn_rewards),
         loss_mask=np.zeros_like(sample.loss_mask),
         rollout_logprobs=np.zeros_like(sample.rollout_logprobs),
         versions=np.full_like(sample.versions, -1),

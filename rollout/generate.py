@@ -7,6 +7,7 @@ This is the boundary at which a failing environment or reward becomes a counted 
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -167,11 +168,12 @@ class Generator:
                 metadata=task.description,
             )
             played = await self._score(sample, task)
+            with boundary("sample"):
+                sample.check()
         except EpisodeError as error:
             return self._lost(episode, transcript, str(error))
         finally:
             close_environment(episode.environment)
-        sample.check()
         return played
 
     async def _score(self, sample: Sample, task: Task) -> Played:
@@ -261,8 +263,11 @@ class Generator:
                 return task, Status.TRUNCATED
             step = await self._guard(environment.step(task.replies[-1]), "step")
             with boundary("step"):
-                task.environment_reward += float(step.reward)
-                transcript.pay(float(step.reward))
+                paid = float(step.reward)
+                if not math.isfinite(paid):
+                    raise ValueError(f"the reward is {paid}; a finite number is wanted")
+                task.environment_reward += paid
+                transcript.pay(paid)
                 if step.done:
                     return task, Status.STOPPED
                 state = str(environment.state())

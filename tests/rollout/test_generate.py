@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,23 @@ def test_turns_of_the_environment_are_not_trained_on(chat):
     assert len(set(seeds)) == 3
     again, _ = run(chat, [EchoEnvironment(seed=0, num_turns=3)])
     assert np.array_equal(again[0].tokens, sample.tokens)
+
+
+class PaysNothingReal(EchoEnvironment):
+    async def step(self, reply: str) -> EnvironmentStep:
+        return replace(await super().step(reply), reward=float("nan"))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_reward_that_is_no_number_costs_its_own_sample(chat, weight):
+    """Also where another reward takes its place; and what is left of it can be journaled."""
+    environments = [PaysNothingReal(seed=0, num_turns=2), EchoEnvironment(seed=0, num_turns=2)]
+    samples, _ = run(chat, environments, environment_weight=weight)
+    assert [sample.status for sample in samples] == [Status.FAILED, Status.STOPPED]
+    assert "the reward is nan" in samples[0].metadata["error"]
+    for sample in samples:
+        sample.check()
+        assert decode(encode(sample), Sample).turn_rewards == sample.turn_rewards
 
 
 def test_turns_are_paid_what_the_reward_holds_of_it(chat):

@@ -19,6 +19,7 @@ from rollout.domain import Domain
 from rollout.environments.base import Environment, EnvironmentStep, Message
 from rollout.filters import GroupFilters
 from rollout.generate import Generator
+from rollout.journal import read_step
 from rollout.mixed_buffer import MixedBuffer
 from rollout.preference_file import PreferenceFile
 from rollout.producer import Producer
@@ -395,6 +396,8 @@ def test_environments_rewards_and_programs(chat, tmp_path, row):
 
     samples = asyncio.run(scenario())
     assert [sample.group_id for sample in samples] == [0, 0, 1, 1]
+    _, journaled = read_step(next(tmp_path.glob("step_*")))
+    assert [sample.status for sample in journaled] == [sample.status for sample in samples]
     assert [sample.reward for sample in samples[:2]] == [1.0, 1.0]
     for sample in samples[2:]:
         assert sample.status is Status.FAILED
