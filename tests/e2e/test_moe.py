@@ -114,3 +114,8 @@ def test_the_trainer_repeats_the_experts_of_a_bf16_engine(tmp_path: Path) -> Non
     told = [row["train/rollout_logprob_abs_diff_mean"] for row in metrics(live)[:4]]
     assert sum(told) / 4 == pytest.approx(replayed.mean().item(), rel=0.2)
     assert all(0 < row["train/other_experts_fraction"] < 0.2 for row in metrics(live)[:4])
+    again = tmp_path / "again"
+    replay = ["mode=train_only", f"replay_dir={live / 'rollouts'}", "warm_start.num_steps=0"]
+    replay += [f"model.hf_path={live / 'warm_start' / 'hf'}", f"run_dir={again}"]
+    drivetrain(*line, *replay, "eval.at_start=false", "eval.at_end=false", timeout_s=300)
+    assert told == [row["train/rollout_logprob_abs_diff_mean"] for row in metrics(again)[:4]]
