@@ -20,6 +20,7 @@ from rollout.bodies import listen
 from rollout.client import EngineClient, EngineFailure
 from rollout.config import EngineConfig, RolloutRun, load_rollout_run
 from rollout.domain import TaskPrompts, open_tasks
+from rollout.ending import BoundedRunner
 from rollout.evaluate import Evaluator
 from rollout.mixed_buffer import MixedBuffer
 from rollout.process import follow_launcher
@@ -228,10 +229,14 @@ def main() -> None:
     follow_launcher()
     dump_stacks_on_signal()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    run_dir = RunDir(arguments.run_dir)
+    with BoundedRunner() as runner:
+        _main(RunDir(arguments.run_dir), runner)
+
+
+def _main(run_dir: RunDir, runner: asyncio.Runner) -> None:
     try:
         with run_dir.hold("rollout"):
-            asyncio.run(run(run_dir))
+            runner.run(run(run_dir))
     except (ProducerFailure, EngineFailure, TimeoutError, OSError) as error:
         sys.exit(f"drivetrain-rollout: {error}")
     except ValueError as error:
