@@ -24,6 +24,7 @@ from rollout.rewards import (
     punish_overlong,
 )
 from rollout.rewards.endpoint import FindSideModel
+from rollout.scoring import number_samples
 from rollout.seeds import derive_seed
 from rollout.teacher import Teacher
 from rollout.tokens import Chat
@@ -64,7 +65,7 @@ class Domain:
             samples = await self.generator.run(episodes, lease.start_version)
         for sample in samples:
             sample.domain = self.name
-        return samples
+        return number_samples(samples)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from rollout.together import run_together
 from rollout.tokens import Chat
 from rollout.types import EvalResult, Sample, Status
 
-_PROMPTS_PER_REQUEST = 64
+_EPISODES_PER_REQUEST = 64
 _NUM_TEXTS = 8
 
 
@@ -35,13 +35,16 @@ class EvalSet:
         """As configured; else all there are."""
         return self.settings.num_prompts or self.prompts.num_prompts
 
-    def episodes(self, indices: range, place: int) -> list[Episode]:
-        """The place-th episode of these prompts, with seeds that do not depend on the version."""
+    def episodes(self, indices: range) -> list[Episode]:
+        """All episodes of these prompts, with seeds that do not depend on the version."""
         found = []
         for index in indices:
-            (environment,) = self.prompts.environments(index, 1)
-            seed = derive_seed(self.settings.seed, "eval", index, *([place] if place else []))
-            found.append(Episode(environment=environment, group_id=index, index=0, seed=seed))
+            environments = self.prompts.environments(index, self.settings.samples_per_prompt)
+            for place, environment in enumerate(environments):
+                seed = derive_seed(self.settings.seed, "eval", index, *([place] if place else []))
+                found.append(
+                    Episode(environment=environment, group_id=index, index=place, seed=seed)
+                )
         return found
 
 
@@ -96,19 +99,18 @@ class Evaluator:
 
     async def _measure_set(self, of: EvalSet, version: int) -> list[list[Sample]]:
         """The samples of each prompt."""
-        count, places = of.num_prompts, range(of.settings.samples_per_prompt)
-        chunks = [
-            (range(first, min(first + _PROMPTS_PER_REQUEST, count)), place)
-            for place in places
-            for first in range(0, count, _PROMPTS_PER_REQUEST)
-        ]
+        count = of.num_prompts
+        # All samples of a prompt in one: a reward of whole groups compares them.
+        size = max(1, _EPISODES_PER_REQUEST // of.settings.samples_per_prompt)
+        chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
         parts = await run_together(
-            of.generator.run(of.episodes(*chunk), version) for chunk in chunks
+            of.generator.run(of.episodes(chunk), version) for chunk in chunks
         )
-        groups: list[list[Sample]] = [[] for _ in range(count)]
+        found: list[dict[int, Sample]] = [{} for _ in range(count)]
         for sample in (sample for part in parts for sample in part):
-            if sample.index == 0:  # of an episode that gave several samples, the first counts
-                groups[sample.group_id].append(sample)
+            # Of an episode that gave several samples, the first counts.
+            found[sample.group_id].setdefault(sample.index, sample)
+        groups = [[*of_prompt.values()] for of_prompt in found]
         samples = [sample for group in groups for sample in group]
         name = f" of {of.settings.name}" if of.settings.name else ""
         seen = {int(v) for sample in samples for v in sample.versions if v >= 0}

@@ -33,7 +33,7 @@ from rollout.config import SamplingConfig
 from rollout.environments import Environment
 from rollout.prompt_bound import PromptBound
 from rollout.rewards import GroupReward, RewardFunction, Task
-from rollout.scoring import Played, number_samples, score, score_group
+from rollout.scoring import Played, score, score_group
 from rollout.seeds import derive_seed
 from rollout.teacher import Teacher
 from rollout.together import run_together
@@ -81,7 +81,8 @@ class Generator:
     """Of what the environment pays for a turn, in the reward."""
 
     async def run(self, episodes: list[Episode], version: int) -> list[Sample]:
-        """Samples of the episodes, in order; with `play` of an episode one or several.
+        """Samples of the episodes, in order; with `play` of an episode one or several, all of its
+        index.
 
         `version`: the least one their tokens may have.
         Raises EngineFailure; failures of environments and rewards are statuses of the samples.
@@ -104,7 +105,7 @@ class Generator:
         samples = [each.sample for each in played]
         for sample in samples:
             sample.turn_rewards = [self.environment_weight * each for each in sample.turn_rewards]
-        return samples if self.play is None else number_samples(samples)
+        return samples
 
     async def _converse_all(self, episodes: list[Episode], version: int) -> list[Played]:
         prompts = await asyncio.gather(*(self._prompt(episode) for episode in episodes))

@@ -170,7 +170,7 @@ def check_samples(
     for sample in samples:
         if not isinstance(sample, Sample):
             raise ValueError(f"returned a {type(sample).__name__} where a Sample is wanted")
-        sample.group_id = task.group_id
+        sample.group_id, sample.index = task.group_id, task.index
         sample.check()
         if prompts is not None:
             prompts.check(sample.prompt_length)

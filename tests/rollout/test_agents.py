@@ -12,6 +12,7 @@ from rollout.config import SamplingConfig
 from rollout.generate import Episode, Generator
 from rollout.prompt_bound import PromptBound
 from rollout.rewards import REWARDS
+from rollout.scoring import number_samples
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample, Status
 from tests.rollout.fakes import EchoEnvironment, ScriptedClient
@@ -106,8 +107,9 @@ def test_an_episode_may_give_several_samples_each_with_its_turns(chat):
     client = ScriptedClient(chat, lambda text: text[-2:])
     samples = run(chat, with_sub_agents, client)
     assert [(s.group_id, s.index, s.reward) for s in samples] == [
-        (3, k, [1.0, 0.5, 0.5][k % 3]) for k in range(6)
+        (3, k // 3, [1.0, 0.5, 0.5][k % 3]) for k in range(6)
     ]
+    assert [sample.index for sample in number_samples(samples)] == [*range(6)]
     main, sub = samples[0], samples[1]
     assert chat.text(main.tokens) == "<bos>q0q0<eos>q7q8q8<eos>"
     assert main.loss_mask.tolist() == [1] * 3 + [0] * 4 + [1] * 3

@@ -1,6 +1,7 @@
 """Sets of an evaluation: pass@k, several samples, results that say which version they are of."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -9,6 +10,10 @@ from rollout.config import DataConfig, RolloutConfig, SamplingConfig
 from rollout.data import PromptStream
 from rollout.eval_sets import pass_at_k, read_sets
 from rollout.evaluate import EvalSet
+from rollout.rewards import GroupReward, Reward, Task
+from rollout.seeds import derive_seed
+from rollout.tokens import Transcript
+from rollout.types import Sample
 from tests.rollout.conftest import sorted_digits
 
 
@@ -75,6 +80,58 @@ def test_sets_are_measured_beside_the_runs_own_and_recorded(running):
     assert running.source().evaluate(0) == result
     seeds = [seed for call in running.client.calls for seed in call]
     assert len(seeds) == len(set(seeds)) == 5 + 70 * 4
+
+
+async def shortest(samples: list[Sample], tasks: list[Task]) -> list[Reward]:
+    """1 for the shortest answers to a prompt."""
+    lengths = [sample.response_length for sample in samples]
+    return [Reward(value=float(n == min(lengths))) for n in lengths]
+
+
+async def in_two(engine, task, sampling) -> list[Sample]:
+    """An episode of two samples, of which the second is the shorter."""
+    prompt = engine.chat.prompt(await task.initial_messages())
+    generation = await engine.generate(prompt, sampling)
+    samples = []
+    for ids in (generation.token_ids, generation.token_ids[-1:]):
+        transcript = Transcript(prompt)
+        transcript.add_reply(ids.tolist(), [-0.5] * len(ids), [0] * len(ids))
+        samples.append(task.sample(transcript))
+    return samples
+
+
+@pytest.mark.parametrize("play", [None, in_two])
+def test_a_reward_of_groups_sees_all_samples_of_a_prompt_at_a_time(running, play):
+    """70 prompts: more than one request. One answer in four is the shortest of its prompt."""
+    calls = 0
+
+    def answer(text: str) -> str:
+        nonlocal calls
+        calls += 1
+        return "9" if calls % 4 == 3 else "99"
+
+    asked = []
+
+    async def reward(samples: list[Sample], tasks: list[Task]) -> list[Reward]:
+        asked.append([sample.index for sample in samples])
+        return await shortest(samples, tasks)
+
+    running.client.answer = answer
+    make_sets(running, {"best": {"num_prompts": 70, "samples_per_prompt": 4}})
+    _, best = running.service._evaluator._sets
+    best.generator = replace(best.generator, reward=GroupReward(reward), play=play)
+    found = running.source().evaluate(0).sets["best"]
+    assert (found.num_prompts, found.samples_per_prompt, found.failed_fraction) == (70, 4, 0.0)
+    if play is None:
+        assert asked == [[0, 1, 2, 3]] * 70
+        assert found.accuracy == 1 / 4
+        seeds = {seed for call in running.client.calls for seed in call}
+        for index in range(70):
+            assert derive_seed(best.settings.seed, "eval", index) in seeds
+            assert derive_seed(best.settings.seed, "eval", index, 3) in seeds
+    else:
+        assert asked == [[0, 0, 1, 1, 2, 2, 3, 3]] * 70
+        assert found.accuracy == 0.0  # of each episode the first counts, which is the longer
 
 
 def test_domains_are_told_apart_and_make_up_the_whole(running):
