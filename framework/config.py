@@ -55,7 +55,7 @@ class ModelConfig:
     mtp: bool = False
     """Train the multi-token prediction layers that hf_path has, beside the policy and without a
     gradient into it (the weight of their loss: megatron.mtp_loss_scaling_factor, 0.1). false: they
-    are not built; every export carries those of hf_path or init_from on as they are."""
+    are not built; every export carries those of init_from or else hf_path on as they are."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any field of megatron-core's TransformerConfig, checked against the installed version."""
 

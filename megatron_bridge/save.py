@@ -1,5 +1,6 @@
 """Megatron -> a Hugging Face directory, streamed bucket by bucket."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def save_hf(
     files of `like`.
 
     Multi-token prediction layers that the model was built without are carried on from `mtp_from`
-    (None: `like`), bit for bit, where that has any; config.json counts as many as that of `like`.
+    (None: `like`), bit for bit, where that has any, and this is said; config.json counts those, or
+    as many as that of `like` where none are.
 
     `out_dir` appears complete or not at all, and must not exist before. All ranks return when it is
     there. When the writer fails it raises its own error and every other rank a RuntimeError; none
@@ -48,7 +50,13 @@ def save_hf(
     try:
         if rank == dst:
             mtp = MtpTensors(plan.model, like if mtp_from is None else mtp_from)
-            entries, config = list(mtp.entries(plan.entries)), _config(plan, like)
+            if mtp.carried:
+                print(
+                    f"{out_dir}: multi-token prediction layers: those of {mtp.source}, as they are",
+                    file=sys.stderr,
+                )
+            counted_by = mtp.source if mtp.carried else like
+            entries, config = list(mtp.entries(plan.entries)), _config(plan, counted_by)
             writer = HfWriter(out_dir, entries, like, max_file_bytes, config=config)
     finally:
         _agree(writer is not None, plan, rank, dst, group, device, f"cannot write {out_dir}")
@@ -64,10 +72,10 @@ def save_hf(
         _agree(written, plan, rank, dst, group, device, f"could not write {out_dir}")
 
 
-def _config(plan: ExportPlan, like: str | Path) -> dict[str, Any]:
+def _config(plan: ExportPlan, counted_by: str | Path) -> dict[str, Any]:
     """The plan's config.json; a model built without its multi-token prediction layers is told of
-    as `like` tells of it."""
-    counted = read_config(like).get(FIELD)
+    as another directory tells of it."""
+    counted = read_config(counted_by).get(FIELD)
     return {**plan.hf_config, FIELD: counted} if counted else dict(plan.hf_config)
 
 
