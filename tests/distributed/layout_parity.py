@@ -94,7 +94,8 @@ def plain_model(case: Case) -> str:
 
 
 def compare(root: Path, case: Case) -> dict[str, Any]:
-    """How far a case ended from one rank: relative for figures, absolute for weights."""
+    """How far a case ended from one rank: absolute for weights and for a loss below 1, else
+    relative."""
     reference = one_rank(case)
     found, wanted = (_results(root, each) for each in (case, reference))
     weights, expected, start = (
@@ -136,7 +137,9 @@ def compare(root: Path, case: Case) -> dict[str, Any]:
         if name not in found["steps"][0]:  # stage=preference has no entropy
             row[f"{key}_rel"] = 0.0
             continue
-        row[f"{key}_rel"] = max(abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs)
+        # A loss is a mean of terms about as large as 1 that cancel: rounding shows beside those.
+        least = 1.0 if key == "loss" else 0.0
+        row[f"{key}_rel"] = max(abs(a[name] - b[name]) / max(abs(b[name]), least) for a, b in pairs)
     return row
 
 
