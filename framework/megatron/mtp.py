@@ -3,15 +3,19 @@
     L = mtp_loss_scaling_factor / D * sum over depths k of the mean cross-entropy of token t_{i+1+k}
                                                                   (arXiv 2412.19437, eq. 24 and 25)
 
-over tokens that the policy wrote, divided by their count in the whole step. The heads are detached
-(`mtp_detach_heads`): what they learn from, hidden states, embedding and output layer, has no
-gradient of this loss and clipping knows nothing of it, so the policy is trained as without them.
-`model.megatron.mtp_detach_heads=false` lets it flow, as in pre-training.
+over tokens that the policy wrote, divided by their count in the whole update. The heads are
+detached (`mtp_detach_heads`): what they learn from, hidden states, embedding and output layer, has
+no gradient of this loss, and they are clipped by a norm of their own at optimizer.clip_grad, so the
+policy is trained as without them. `model.megatron.mtp_detach_heads=false` lets it flow, as in
+pre-training.
 
 megatron-core's own loss gives probability to the rows that pad the vocabulary and weighs tokens by
-counts of their micro-batch; ours does neither, so that every layout trains alike.
+counts of their micro-batch; ours does neither, so that every layout trains alike. For that it
+relies on the order in which megatron-core's `process_mtp_loss` rolls, asks for the loss of a depth
+and weighs it, which is that of one version.
 """
 
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +29,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 
+from framework.megatron.cpu import MEGATRON_VERSION
 from framework.megatron.logprobs import vocab_parallel_logprobs
 from framework.megatron.microbatch import Microbatch
 from framework.megatron.parallel import Mesh
@@ -45,10 +50,22 @@ def mtp_block_spec(config: Any, spec: Any, vp_stage: int | None, *, te: bool) ->
     )
 
 
+def check_megatron() -> None:
+    """RuntimeError where the loss would meet another megatron-core than the one it is proven on."""
+    found = importlib.metadata.version("megatron-core")
+    if found != MEGATRON_VERSION:
+        raise RuntimeError(
+            f"model.mtp=true: megatron-core {found} is installed; the loss of multi-token "
+            f"prediction is proven for {MEGATRON_VERSION} only: install "
+            f"megatron-core=={MEGATRON_VERSION} or set model.mtp=false"
+        )
+
+
 class MtpModel(GPTModel):
     """GPTModel with the MTP loss that this module describes."""
 
     def __init__(self, *arguments: Any, real_vocab_size: int, **keywords: Any) -> None:
+        check_megatron()
         super().__init__(*arguments, **keywords)
         self.real_vocab_size = real_vocab_size
         self.mtp_masks: torch.Tensor | None = None

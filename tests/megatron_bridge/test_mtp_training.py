@@ -1,4 +1,7 @@
-"""The loss of multi-token prediction and its gradient, against autograd through the reference."""
+"""The loss of multi-token prediction and its gradient, against autograd through the reference.
+
+The gradient of all that a layer has: projection, norms and the decoder layer's own tensors.
+"""
 
 from functools import partial
 
@@ -7,13 +10,18 @@ import pytest
 import torch
 from bridge_models import TOKENS, random_model
 from mtp_models import save_with_mtp
+from safetensors.torch import load_file
 
 from framework.algorithm.inputs import LossOutput
 from framework.config import ModelConfig, OptimizerConfig, RunConfig
+from megatron_bridge.mapping import hf_shapes, rank_views
+from megatron_bridge.models.architecture import Spec
+from megatron_bridge.views import copy_out
 from rollout.types import Sample
 from tests.forked_ranks import run_ranks
 
-PROMPT = 6
+PROMPTS = (6, 1)
+"""Of each sample: behind a prompt of one token not every depth tells the first answer tokens."""
 FACTOR = 0.3
 TOLERANCE = 1e-5
 """Largest difference of a gradient over its largest element, fp32, through two decoder layers."""
@@ -21,14 +29,14 @@ TOLERANCE = 1e-5
 
 def sample(index):
     """A row of TOKENS, some of whose response tokens are not the policy's."""
-    tokens = TOKENS[index].numpy().astype(np.int32)
-    mask = np.ones(len(tokens) - PROMPT, dtype=np.uint8)
+    tokens, prompt = TOKENS[index].numpy().astype(np.int32), PROMPTS[index]
+    mask = np.ones(len(tokens) - prompt, dtype=np.uint8)
     mask[3 + index] = 0
     return Sample(
         group_id=0,
         index=index,
         tokens=tokens,
-        prompt_length=PROMPT,
+        prompt_length=prompt,
         loss_mask=mask,
         rollout_logprobs=np.zeros(len(mask), dtype=np.float32),
         versions=np.where(mask, 0, -1).astype(np.int32),
@@ -72,13 +80,16 @@ def train(root, rank):
         return LossOutput(loss=inputs.policy_logprobs * 0, metrics={})
 
     figures = runner.update(batches, nothing, 0.0)
-    layers = policy.chunks[0].mtp.layers
-    gradients = {
-        f"{depth} {name}": parameter.main_grad.clone()
-        for depth, layer in enumerate(layers)
-        for name, parameter in layer.named_parameters()
-        if "mtp_model_layer" not in name
-    }
+    gradients = {}
+    shapes = hf_shapes(policy.hf_config)
+    views = rank_views(
+        policy.hf_config, mesh.layout, mesh.coords, Spec.TORCH, config.model.vocab_pad_multiple
+    )
+    for name, parameter in policy.chunks[0].named_parameters():
+        if name.startswith("mtp."):
+            view = views[0, name]
+            gradients |= {box.name: torch.zeros(shapes[box.name]) for box in view.boxes}
+            copy_out(view, parameter.main_grad, gradients)
     rest = [
         parameter.main_grad.abs().max().item()
         for name, parameter in policy.chunks[0].named_parameters()
@@ -97,12 +108,14 @@ def outcome(tmp_path_factory):
     reference = save_with_mtp(model, root / "hf", depths)
     run_ranks("mtp", 1, partial(train, root), root, 120.0)
     model.requires_grad_(False)
-    for own in reference.own:
+    for layer, own in zip(reference.layers, reference.own, strict=True):
+        layer.requires_grad_()
         for tensor in own.values():
             tensor.requires_grad_()
     masks = torch.zeros(TOKENS.shape)
     for index in (0, 1):
-        masks[index, PROMPT:] = torch.from_numpy(sample(index).loss_mask).float()
+        masks[index, PROMPTS[index] :] = torch.from_numpy(sample(index).loss_mask).float()
+    masks[:, : depths + 1] = 0  # which the last depth cannot tell
     loss, right = torch.zeros(()), torch.zeros(())
     for depth, logits in enumerate(reference.logits(TOKENS)[1:], 1):
         # Position i tells token i + 1 + depth.
@@ -111,7 +124,27 @@ def outcome(tmp_path_factory):
         right += ((logits[:, :-1].argmax(-1) == later) * mask).sum() / masks.sum() / depths
         loss = loss - (told * mask).sum() / masks.sum() / depths
     (FACTOR * loss).backward()
-    return torch.load(root / "found"), [loss.item(), right.item()], reference.own
+    wanted = reference_gradients(reference, root / "gradients")
+    return torch.load(root / "found"), [loss.item(), right.item()], wanted
+
+
+def reference_gradients(reference, path):
+    """By the names on disk: transformers saves the decoder layers' gradients as if weights."""
+    model, main = reference.model, len(reference.model.model.layers)
+    model.model.layers.extend(reference.layers)
+    model.config.num_hidden_layers = len(model.model.layers)
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    model.save_pretrained(path)
+    later = tuple(f"model.layers.{main + depth}." for depth in range(len(reference.layers)))
+    found = {
+        name: gradient
+        for name, gradient in load_file(path / "model.safetensors").items()
+        if name.startswith(later) and "e_score_correction_bias" not in name  # no gradient trains it
+    }
+    for prefix, own in zip(later, reference.own, strict=True):
+        found |= {f"{prefix}{name}.weight": tensor.grad for name, tensor in own.items()}
+    return found
 
 
 def test_the_loss_is_that_of_the_formula(outcome):
@@ -120,13 +153,24 @@ def test_the_loss_is_that_of_the_formula(outcome):
 
 
 def test_its_gradient_is_that_of_autograd(outcome):
-    (_, gradients, _), _, own = outcome
-    names = {"shared_head.norm": "final_layernorm"}
-    assert len(gradients) == sum(map(len, own)) == 8
-    for depth, tensors in enumerate(own):
-        for name, tensor in tensors.items():
-            found = gradients[f"{depth} {names.get(name, name)}.weight"]
-            assert (found - tensor.grad).abs().max() <= TOLERANCE * tensor.grad.abs().max(), name
+    (_, gradients, _), _, wanted = outcome
+    assert gradients.keys() == wanted.keys()
+    assert {"eh_proj.weight", "mlp.gate.weight", "self_attn.o_proj.weight"} <= {
+        name.split(".", 3)[3] for name in wanted
+    }
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).abs().max() <= TOLERANCE * gradient.abs().max(), name
+
+
+def test_another_megatron_core_is_refused(monkeypatch):
+    from framework.megatron.mtp import check_megatron
+
+    check_megatron()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.20.0")
+    with pytest.raises(
+        RuntimeError, match=r"megatron-core 0\.20\.0 is installed.*model\.mtp=false"
+    ):
+        check_megatron()
 
 
 def test_a_guess_is_right_where_no_real_token_is_likelier():
