@@ -56,10 +56,11 @@ def test_layout_trains_as_one_rank(ci_rows, name):
     check(ci_rows[name])
 
 
-def check_mtp(row: dict[str, Any]) -> None:
-    """Heads for later tokens learn the same in every layout, and the policy nothing of them."""
+def check_mtp(row: dict[str, Any], *, rounds: bool) -> None:
+    """Heads for later tokens learn the same in every layout, and the policy nothing of them: bit
+    for bit, but where gradients are added up in other buckets (`rounds`)."""
     check(row)
-    assert row["differs_from_plain"] == []
+    assert row["plain_abs"] <= (1e-6 if rounds else 0)
     assert row["moved_mtp"] > 100 * WEIGHT_TOLERANCE
     assert row["mtp_loss_abs"] <= 1e-5
     assert row["mtp_accuracy_abs"] == 0
@@ -67,9 +68,11 @@ def check_mtp(row: dict[str, Any]) -> None:
 
 @pytest.mark.nightly  # with the other layouts of the night
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [case.name for case in CASES if case.model.endswith("_mtp")])
-def test_multi_token_prediction_learns_beside_the_policy(all_rows, name):
-    check_mtp(all_rows[name])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.model.endswith("_mtp")], ids=lambda case: case.name
+)
+def test_multi_token_prediction_learns_beside_the_policy(all_rows, case):
+    check_mtp(all_rows[case.name], rounds="distributed_optimizer" in case.parallel)
 
 
 def test_a_planted_mistake_is_beyond_the_bounds(ci_rows):
