@@ -78,9 +78,11 @@ class PromptStream:
         for draw in range(0 if self._finite == [] else _MAX_DRAWS):
             seed = derive_seed(self._seed, self._split, index, draw, bits=31)
             environment = self._make(seed)
-            if not environment.hold_out:
-                return seed
-            if held_out(environment.identity()) == (self._split == "eval"):
+            wanted = not environment.hold_out or (
+                held_out(environment.identity()) == (self._split == "eval")
+            )
+            close_environment(environment)
+            if wanted:
                 return seed
         raise ValueError(
             f"data.task={self._data.task} has too few different prompts to set some aside for "

@@ -8,6 +8,7 @@ without an end set the same eighth of all prompts aside, whichever domain or set
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rollout.boundary import close_environment
 from rollout.config import DataConfig, RolloutConfig
 from rollout.data import PromptStream
 from rollout.eval_sets import read_sets
@@ -45,6 +46,8 @@ def _identities(stream: PromptStream) -> Iterator[str]:
     """Of all prompts, where they have an end and are to be kept apart."""
     for index in range(stream.num_prompts):
         (environment,) = stream.environments(index, 1)
-        if not environment.hold_out:
+        kept_apart, identity = environment.hold_out, environment.identity()
+        close_environment(environment)
+        if not kept_apart:
             return
-        yield environment.identity()
+        yield identity

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 async def in_thread(function: Callable[..., T], *args: Any, **named: Any) -> T:
@@ -38,3 +40,15 @@ async def in_thread(function: Callable[..., T], *args: Any, **named: Any) -> T:
 
     threading.Thread(target=work, name=f"call of {function}", daemon=True).start()
     return await done
+
+
+def leave_to_thread(function: Callable[[], Any], what: str) -> None:
+    """function() in a daemon thread that nobody waits for; where it fails, that is told."""
+
+    def work() -> None:
+        try:
+            function()
+        except BaseException as error:  # somebody else's code
+            logger.warning("%s: %s: %s", what, type(error).__name__, error)
+
+    threading.Thread(target=work, name=what, daemon=True).start()

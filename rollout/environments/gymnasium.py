@@ -6,18 +6,23 @@ Needs the package `gymnasium`, and whatever registers the id (`data.args.registe
 """
 
 import importlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rollout.environments.base import Environment, EnvironmentStep, Message
 from rollout.own_code import import_own_module
-from rollout.threads import in_thread
+from rollout.threads import in_thread, leave_to_thread
+
+_CLOSE_WAIT_S = 60.0
+"""How long a call that was given up may go on before its environment is left as it is."""
 
 
 class GymnasiumEnvironment(Environment):
     """The observation is what the policy is told, its reply is the action.
 
-    Calls run in a thread: one that is slow or hangs costs its own sample, after data.timeout_s.
+    Calls run in a thread, one at a time: one that is slow or hangs costs its own sample, after
+    data.timeout_s.
     Prompts for evaluation are other seeds than those trained on; their first states may be alike.
     """
 
@@ -49,12 +54,14 @@ class GymnasiumEnvironment(Environment):
         self._prompt, self._told = prompt, told
         self._invalid_reward = invalid_reward
         self._turns_left = max_turns
+        self._is_closed = False
+        self._call = threading.Lock()
         self._environment = _make(id, register, dict(kwargs or {}))
         self._actions = _actions(self._environment.action_space, list(actions))
 
     async def initial_messages(self) -> list[Message]:
         """The first observation, in `prompt`."""
-        observation, _ = await in_thread(self._environment.reset, seed=self._seed)
+        observation, _ = await in_thread(self._reset)
         text = self._prompt.format(observation=observation, reward=0.0)
         return [{"role": "user", "content": text}]
 
@@ -64,13 +71,35 @@ class GymnasiumEnvironment(Environment):
         if action is None:
             return EnvironmentStep(reward=self._invalid_reward)
         self._turns_left -= 1
-        step = await in_thread(self._environment.step, action)
+        step = await in_thread(self._step, action)
         observation, reward, terminated, truncated, _ = step
         if terminated or truncated or not self._turns_left:
             return EnvironmentStep(reward=float(reward))
         text = self._told.format(observation=observation, reward=float(reward))
         message: Message = {"role": "user", "content": text}
         return EnvironmentStep(messages=[message], reward=float(reward), done=False)
+
+    def close(self) -> None:
+        """The environment's own, in a thread, once no call of it runs."""
+        if not self._is_closed:
+            self._is_closed = True
+            leave_to_thread(self._close, f"{self._id}.close")
+
+    def _reset(self) -> Any:
+        with self._call:
+            return self._environment.reset(seed=self._seed)
+
+    def _step(self, action: Any) -> Any:
+        with self._call:
+            return self._environment.step(action)
+
+    def _close(self) -> None:
+        if not self._call.acquire(timeout=_CLOSE_WAIT_S):
+            raise TimeoutError(f"a call of it has not ended for {_CLOSE_WAIT_S:g} s")
+        try:
+            self._environment.close()
+        finally:
+            self._call.release()
 
     def identity(self) -> str:
         """Environment and seed."""

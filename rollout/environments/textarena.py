@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rollout.environments.base import Environment, EnvironmentStep, Message
+from rollout.threads import leave_to_thread
 
 
 class TextArenaEnvironment(Environment):
@@ -34,6 +35,7 @@ class TextArenaEnvironment(Environment):
             raise ValueError(f"data.args.max_turns={max_turns}: must be at least 1")
         self._seed, self._id = seed, id
         self._turns_left = max_turns
+        self._is_closed = False
         self._random = random.Random(seed).getstate()
         with self._own_random():
             self._game = _start(id, seed, dict(kwargs or {}))
@@ -49,12 +51,19 @@ class TextArenaEnvironment(Environment):
         with self._own_random():
             done, _ = self._game.step(action=reply)
             if done:
+                self._is_closed = True
                 rewards, _ = self._game.close()
                 return EnvironmentStep(reward=float((rewards or {}).get(0, 0.0)))
             message: Message = {"role": "user", "content": self._said()}
         if not self._turns_left:
             return EnvironmentStep()
         return EnvironmentStep(messages=[message], done=False)
+
+    def close(self) -> None:
+        """The game's own, in a thread, where it is not over."""
+        if not self._is_closed:
+            self._is_closed = True
+            leave_to_thread(self._game.close, f"{self._id}.close")
 
     def identity(self) -> str:
         """Game and seed."""

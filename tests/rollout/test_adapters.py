@@ -4,11 +4,13 @@ import asyncio
 import random
 import sys
 import time
+from typing import ClassVar
 
 import gymnasium
 import pytest
 from gymnasium.spaces import Discrete, MultiBinary, Text
 
+from rollout.boundary import close_environment
 from rollout.config import DataConfig
 from rollout.data import PromptStream
 from rollout.environments import Environment
@@ -41,7 +43,11 @@ class Adding(gymnasium.Env):
     action_space = Discrete(3)
     observation_space = Discrete(100)
 
+    closed: ClassVar[list[str]] = []
+    """While which step each was closed."""
+
     def __init__(self, space: str = "discrete", step_s: float = 0.0) -> None:
+        self.at = "rest"
         self.step_s = step_s
         if space == "text":
             self.action_space = Text(10)
@@ -54,10 +60,17 @@ class Adding(gymnasium.Env):
         return self.sum, {}
 
     def step(self, action):
+        self.at = "step"
         time.sleep(self.step_s)
+        self.at = "rest"
         self.sum += len(action) if isinstance(action, str) else action
         done = self.sum >= 3
         return self.sum, 1.0 if done else -0.1, done, False, {}
+
+    def close(self):
+        Adding.closed.append(self.at)
+        if self.action_space == Text(10):
+            raise OSError("cannot let go")
 
 
 gymnasium.register("test/Adding-v0", entry_point=f"{__name__}:Adding", disable_env_checker=True)
@@ -84,11 +97,12 @@ def test_a_group_starts_alike_and_prompts_differ():
 
 
 def test_a_slow_gymnasium_environment_leaves_the_others_alone():
-    (environment,) = make("gymnasium", id="test/Adding-v0", kwargs={"step_s": 0.5})
+    several = make("gymnasium", count=40, id="test/Adding-v0", kwargs={"step_s": 0.5})
 
     async def main() -> float:
-        await environment.initial_messages()
-        hung = [asyncio.create_task(environment.step("0")) for _ in range(40)]
+        for environment in several:
+            await environment.initial_messages()
+        hung = [asyncio.create_task(environment.step("0")) for environment in several]
         await asyncio.sleep(0)
         start = time.monotonic()
         await asyncio.to_thread(int)  # the pool that everybody shares is free
@@ -97,6 +111,60 @@ def test_a_slow_gymnasium_environment_leaves_the_others_alone():
         return waited
 
     assert asyncio.run(main()) < 0.3
+
+
+def wait_for(check) -> None:
+    deadline = time.monotonic() + 10
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_gymnasium_environment_is_closed_once_after_the_call_that_was_given_up(caplog):
+    (environment,) = make("gymnasium", id="test/Adding-v0", kwargs={"step_s": 0.5})
+    time.sleep(0.1)  # those that were drawn to see what they ask are closed as well
+    Adding.closed.clear()
+
+    async def main() -> None:
+        await environment.initial_messages()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(environment.step("0"), 0.1)
+        start = time.monotonic()
+        close_environment(environment)
+        close_environment(environment)
+        assert time.monotonic() - start < 0.1
+
+    asyncio.run(main())
+    assert Adding.closed == []
+    wait_for(lambda: Adding.closed)
+    time.sleep(0.05)
+    assert Adding.closed == ["rest"]
+    (environment,) = make("gymnasium", id="test/Adding-v0", kwargs={"space": "text"})
+    environment.close()
+    wait_for(lambda: "test/Adding-v0.close: OSError: cannot let go" in caplog.text)
+
+
+def test_a_textarena_game_is_closed_once_however_it_ends(monkeypatch):
+    (over, given_up) = make("textarena", count=2, id="GuessTheNumber-v0")
+    closed = []
+    for environment in (over, given_up):
+        game = environment._game  # pyright: ignore[reportAttributeAccessIssue]
+        close = game.close
+        monkeypatch.setattr(game, "close", lambda g=game, c=close: closed.append(g) or c())
+    asyncio.run(play_to_the_end(over))
+    over.close()
+    given_up.close()
+    given_up.close()
+    wait_for(lambda: len(closed) == 2)
+    time.sleep(0.05)
+    assert len(closed) == len({id(game) for game in closed}) == 2
+
+
+async def play_to_the_end(environment: Environment) -> None:
+    for k in range(1, 30):
+        if (await environment.step(f"[{k}]")).done:
+            return
+    raise AssertionError("it does not end")
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,12 @@ def test_a_demonstration_that_hangs_ends_with_the_reason(tiny_model_dir):
     tokenizer = Chat.load(str(tiny_model_dir)).tokenizer
     task = "tests.rollout.fakes.ShownEnvironment"
     (sample,) = demonstrations(DataConfig(task=task), tokenizer, 0, 0, 1)
-    assert (sample.reward, ShownEnvironment.ended) == (2.0, 1)
+    # One was made to see what it asks, one to be shown.
+    assert (sample.reward, ShownEnvironment.ended) == (2.0, 2)
     data = DataConfig(task=task, args={"trouble": "hangs"}, timeout_s=0.2)
     with pytest.raises(ValueError, match=r"no answer .* within data\.timeout_s=0\.2"):
         demonstrations(data, tokenizer, 0, 0, 1)
-    assert ShownEnvironment.ended == 2
+    assert ShownEnvironment.ended == 4
 
 
 def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
