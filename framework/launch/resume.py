@@ -9,7 +9,10 @@ from framework.checkpoints import Checkpoint, find_checkpoint, newest_checkpoint
 from framework.compose import ConfigError, load_run_config, without_keys
 from framework.config import RunConfig
 from framework.lora_checks import uses_lora
+from rollout.config import RolloutBatch
 from rollout.journal import drop_steps, trim_lines
+from rollout.mixture import read_domains
+from rollout.prompt_bound import bound_prompts
 from rollout.run_dir import RunDir
 from rollout.side_models import read_side_models, with_absolute_paths
 from rollout.state import drop_start
@@ -28,7 +31,8 @@ MAY_DIFFER = (
     *(f"rollout.engine.{name}" for name in ("start_timeout_s", "request_timeout_s")),
     *("rollout.engine.max_retries", "data.timeout_s"),
 )
-"""Sections and keys that say where and how long a run computes, not what."""
+"""Sections and keys that say where and how long a run computes, not what. Of `batch` and
+`parallel.cp` depends how long a prompt may be, which a run that goes on does not lower."""
 _PATHS = (
     *("replay_dir", "algorithm.reference", "data.path", "data.eval_path"),
     *("model.lora.init_from", "critic.init_from"),
@@ -59,13 +63,19 @@ def resume_errors(config: RunConfig) -> Iterator[str]:
                     "without the state of a rollout process; start from its run's hf/ with "
                     "model.init_from"
                 )
-            elif uses_lora(config):
-                yield from _other_base(load_run_config(found.path), config)
+            else:
+                old = load_run_config(found.path)
+                yield from _lower_bound(old, config)
+                if uses_lora(config):
+                    yield from _other_base(old, config)
         elif not run_dir.config.exists():
             return
         else:
             found = newest_checkpoint(run_dir.checkpoints)
-            yield from _differences(load_run_config(run_dir.path), config)
+            old = load_run_config(run_dir.path)
+            yield from _differences(old, config)
+            if found is not None:
+                yield from _lower_bound(old, config)
             if found is None and _is_without_checkpoints(run_dir):
                 yield (
                     f"checkpoint.resume=auto: the run in {run_dir.path} saved no checkpoints "
@@ -130,6 +140,32 @@ def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
                 f"{key}={value}: the run in {new.run_dir} has {key}={before[key]}; "
                 "checkpoint.resume=auto goes on with the same"
             )
+
+
+def _lower_bound(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    """Groups that wait in a checkpoint, accepted under the old bound, must still be held."""
+    if new.stage != "rl" or new.mode != "train":
+        return
+    for domain in read_domains(old.data, old.rollout).values():
+        before, now = (
+            bound_prompts(
+                RolloutBatch(
+                    max_tokens_per_microbatch=each.batch.max_tokens_per_microbatch,
+                    overlong=each.batch.overlong,
+                ),
+                cp=each.parallel.cp,
+                max_new_tokens=domain.sampling.max_new_tokens,
+            ).max_tokens
+            for each in (old, new)
+        )
+        if now < before:
+            yield (
+                f"batch.max_tokens_per_microbatch={new.batch.max_tokens_per_microbatch}: with "
+                f"batch.overlong={new.batch.overlong} and parallel.cp={new.parallel.cp} it leaves "
+                f"{now} tokens to a prompt; the run that is gone on with has taken prompts of up "
+                f"to {before}, which may wait to be trained; raise it by {before - now} or more"
+            )
+            return
 
 
 def _other_base(old: RunConfig, new: RunConfig) -> Iterator[str]:

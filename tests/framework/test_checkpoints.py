@@ -19,6 +19,7 @@ from framework.checkpoints import (
 )
 from framework.compose import load_run_config
 from framework.launch.prepare import write_run
+from framework.launch.resume import resume_errors
 from framework.main import main, read_config
 from framework.metrics import MetricsLogger
 from rollout.journal import trim_lines
@@ -176,6 +177,46 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(stopped, capsys, overr
     assert main([*arguments, *overrides]) == 2
     assert said.format(run=stopped.path) in capsys.readouterr().err
     assert (stopped.config.read_bytes(), stopped.metrics.read_bytes()) == before
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+@pytest.mark.parametrize(
+    ("overrides", "left"),
+    [
+        (["max_tokens_per_microbatch=8191"], 8183),
+        (["max_tokens_per_microbatch=8000", "overlong=truncate"], 7999),
+        (["max_tokens_per_microbatch=8186", "overlong=truncate"], None),
+        (["max_tokens_per_microbatch=9000"], None),
+    ],
+)
+def test_prompts_that_wait_to_be_trained_still_fit(
+    stopped, tmp_path, capsys, overrides, left, by_path
+):
+    """The run has taken such of up to 8192 - 8 tokens."""
+    checkpoint = newest_checkpoint(stopped.checkpoints)
+    assert checkpoint is not None
+    shutil.copy(stopped.config, checkpoint.path / "config.yaml")
+    run_dir, resume = (tmp_path / "new", checkpoint.path) if by_path else (stopped.path, "auto")
+    arguments = [*BASE, "num_steps=4", f"run_dir={run_dir}", f"checkpoint.resume={resume}"]
+    status = main([*arguments, *(f"batch.{each}" for each in overrides)])
+    said = capsys.readouterr().err
+    if left is None:
+        assert status == 0, said
+    else:
+        assert status == 2
+        assert f"leaves {left} tokens to a prompt" in said
+        assert f"up to 8184, which may wait to be trained; raise it by {8184 - left} or" in said
+
+
+def test_context_parallelism_lowers_the_bound_as_well(stopped):
+    arguments = [*BASE, "num_steps=4", f"run_dir={stopped.path}", "checkpoint.resume=auto"]
+    config = read_config([*arguments, "batch.max_tokens_per_microbatch=8193"])
+    assert [*resume_errors(config)] == []
+    config.parallel.cp = 4  # 8192 is a multiple of 2 * 4
+    assert [*resume_errors(config)] == []
+    config.parallel.cp = 5
+    (said,) = resume_errors(config)
+    assert "parallel.cp=5 it leaves 8182 tokens to a prompt" in said
 
 
 def test_a_refused_resume_shows_no_secrets(stopped, capsys):
