@@ -8,7 +8,7 @@ This is the boundary at which a failing environment or reward becomes a counted 
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -36,7 +36,7 @@ from rollout.rewards import GroupReward, RewardFunction, Task
 from rollout.scoring import Played, score, score_group
 from rollout.seeds import derive_seed
 from rollout.teacher import Teacher
-from rollout.together import run_together
+from rollout.together import ask_all, run_together
 from rollout.tokens import Chat, Transcript
 from rollout.types import Sample, Status
 
@@ -109,31 +109,23 @@ class Generator:
 
     async def _converse_all(self, episodes: list[Episode], version: int) -> list[Played]:
         prompts = await asyncio.gather(*(self._prompt(episode) for episode in episodes))
-        asked = {k: prompt for k, prompt in enumerate(prompts) if isinstance(prompt, list)}
-        seeds = [episodes[k].seed for k in asked]
-        said = await self._first_replies([*asked.values()], seeds) if asked else []
+        asked = [k for k, prompt in enumerate(prompts) if isinstance(prompt, list)]
+
+        async def ask(which: Sequence[int]) -> list[Generation]:
+            return await self.client.generate(
+                [prompt for k in which if isinstance(prompt := prompts[k], list)],
+                self.sampling,
+                [episodes[k].seed for k in which],
+                routes_from=0 if self.routes else None,
+            )
+
+        # A prompt that the engine does not take costs its own episode, no other.
+        said = await ask_all(ask, asked, EngineRefusal) if asked else []
         first = dict(zip(asked, said, strict=True))
         return await run_together(
             self._episode(episode, prompts[k], first.get(k), version)
             for k, episode in enumerate(episodes)
         )
-
-    async def _first_replies(
-        self, prompts: list[list[int]], seeds: list[int]
-    ) -> list[Generation | EpisodeError]:
-        """In order. A prompt that the engine does not take costs its own episode, no other."""
-        try:
-            return [
-                *await self.client.generate(
-                    prompts, self.sampling, seeds, routes_from=0 if self.routes else None
-                )
-            ]
-        except EngineRefusal as error:
-            if len(prompts) == 1:
-                return [EpisodeError(f"prompt: {error}")]
-        alone = zip(prompts, seeds, strict=True)
-        found = await run_together(self._first_replies([each], [seed]) for each, seed in alone)
-        return [reply for (reply,) in found]
 
     async def _prompt(self, episode: Episode) -> list[int] | EpisodeError:
         try:
@@ -153,11 +145,11 @@ class Generator:
         self,
         episode: Episode,
         prompt: list[int] | EpisodeError,
-        first: Generation | EpisodeError | None,
+        first: Generation | EngineRefusal | None,
         version: int,
     ) -> Played:
         if isinstance(prompt, EpisodeError) or not isinstance(first, Generation):
-            reason = prompt if isinstance(prompt, EpisodeError) else first
+            reason = prompt if isinstance(prompt, EpisodeError) else f"prompt: {first}"
             return self._lost(episode, self._nothing(), str(reason))
         transcript = Transcript(prompt)
         try:

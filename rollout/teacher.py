@@ -19,7 +19,7 @@ from rollout.engine_reply import SCORED_BYTES, SEQUENCE_BYTES, Finish
 from rollout.reply_numbers import Logprob, TokenId
 from rollout.side_models import SideModels
 from rollout.teacher_tokenizer import check_tokenizer
-from rollout.together import run_together
+from rollout.together import ask_all
 from rollout.tokens import Chat
 from rollout.types import Sample, Status
 
@@ -91,8 +91,9 @@ class Teacher:
         Raises EngineFailure where the teacher gives no answer within its bounds.
         """
         asked = [k for k, sample in enumerate(samples) if sample.status is not Status.FAILED]
+        told = await ask_all(self._ask, [samples[k] for k in asked], EngineRefusal)
         found: dict[int, dict[str, np.ndarray] | EngineRefusal] = dict(
-            zip(asked, await self._told([samples[k] for k in asked]), strict=True)
+            zip(asked, told, strict=True)
         )
         scored = []
         for k, sample in enumerate(samples):
@@ -103,17 +104,6 @@ class Teacher:
             fields = row if isinstance(row, dict) else _zeros(sample, self._top_k)
             scored.append(replace(sample, **fields))
         return scored
-
-    async def _told(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray] | EngineRefusal]:
-        """In order. What the teacher does not take, being longer than its context, costs its own
-        sample."""
-        try:
-            return [*await self._ask(samples)]
-        except EngineRefusal as error:
-            if len(samples) == 1:
-                return [error]
-        alone = await run_together(self._told([sample]) for sample in samples)
-        return [row for (row,) in alone]
 
     async def _ask(self, samples: Sequence[Sample]) -> list[dict[str, np.ndarray]]:
         """Fields of each sample: log p(token | all before it), 0 where the policy did not write it,

@@ -1,10 +1,26 @@
 """Calls side by side that stand and fall together."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Q = TypeVar("Q")
+E = TypeVar("E", bound=Exception)
+
+
+async def ask_all(
+    ask: Callable[[Sequence[Q]], Awaitable[Sequence[T]]], questions: Sequence[Q], refusal: type[E]
+) -> list[T | E]:
+    """Answers in order, asked for at once; where that is refused each is asked for alone, so that a
+    refusal costs the one that it is about. Other errors are raised."""
+    try:
+        return [*await ask(questions)]
+    except refusal as error:
+        if len(questions) == 1:
+            return [error]
+    alone = await run_together(ask_all(ask, [each], refusal) for each in questions)
+    return [answer for (answer,) in alone]
 
 
 async def run_together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
