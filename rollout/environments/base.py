@@ -45,7 +45,12 @@ class EnvironmentStep:
 
 
 class Environment(ABC):
-    """One episode."""
+    """One episode.
+
+    Each call runs in an asyncio task of its own, one after the other: what belongs to one task (an
+    anyio task group or cancel scope, a context variable) cannot be entered in one call and left in
+    another. Keep it in a task that the environment starts, as rollout/tool_servers.py does.
+    """
 
     hold_out: ClassVar[bool] = True
     """Keep evaluation prompts out of training, by `identity`. False where prompts are so few, or
