@@ -6,7 +6,7 @@ Knobs are read from the rows' source files: nothing imports torch, except a modu
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from framework.advantage_tables import (
     METADATA,
@@ -18,7 +18,7 @@ from framework.config import RunConfig
 from framework.config_fields import nearest
 from framework.critic_checks import reward_kl_errors
 from framework.preference_checks import COMPARING, needs_reference
-from framework.source_facts import row_knobs, table_keys
+from framework.source_facts import row_defaults, row_knobs, table_keys
 from framework.teacher_checks import teacher_errors, teacher_top_errors
 
 ROWS = {
@@ -47,16 +47,9 @@ def algorithm_errors(config: RunConfig) -> Iterator[str]:
         except ValueError as error:
             yield f"algorithm.{kind}={name}: {_other_stage(config, kind, name) or error}"
             continue
-        yield from _arguments(f"algorithm.{kind}_args", getattr(algorithm, f"{kind}_args"), knobs)
-    low, high = (algorithm.correction_args.get(name, 0) for name in ("low", "high"))
-    if all(isinstance(value, int | float) for value in (low, high)) and 0 < high < low:
-        yield f"algorithm.correction_args.low={low}: above algorithm.correction_args.high={high}"
-    low, high = (algorithm.loss_args.get(f"covariance_{name}", 0) for name in ("low", "high"))
-    if all(_is_number(value) for value in (low, high)) and 0 < high <= low:
-        yield (
-            f"algorithm.loss_args.covariance_low={low}: must be below "
-            f"algorithm.loss_args.covariance_high={high}, or no token is chosen"
-        )
+        given = getattr(algorithm, f"{kind}_args")
+        yield from _arguments(f"algorithm.{kind}_args", given, knobs)
+        yield from _ranges(f"algorithm.{kind}_args", {**_defaults(folder, function, name), **given})
     if config.mode != "eval" and config.stage != "sft":
         yield from _reference(config)
     if config.stage != "rl" or config.mode == "eval":
@@ -170,6 +163,29 @@ def _knobs(folder: str, table: str, function: str, name: str) -> dict[str, str]:
     return {field.name: _type_text(field.type) for field in dataclasses.fields(config)}
 
 
+def _defaults(folder: str, function: str, name: str) -> dict[str, Any]:
+    """Knob -> what it is unless given, of a row that is there."""
+    if "." not in name:
+        return row_defaults(folder, name)
+    from framework.algorithm_rows import find_row
+
+    config = find_row({}, name, function).config
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+def _ranges(key: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Where a lower bound is not below its upper one; `values`: all knobs of the row."""
+    low, high = values.get("low"), values.get("high")
+    if _is_number(low) and _is_number(high) and 0 < high < low:
+        yield f"{key}.low={low}: above {key}.high={high}"
+    low, high = values.get("covariance_low"), values.get("covariance_high")
+    if _is_number(low) and _is_number(high) and high <= low:
+        yield (
+            f"{key}.covariance_low={low}: must be below {key}.covariance_high={high}, or no token "
+            "is chosen"
+        )
+
+
 def _type_text(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
@@ -184,7 +200,7 @@ def _arguments(key: str, values: Mapping[str, Any], knobs: Mapping[str, str]) ->
             yield f"{key}.{name}={value}: {problem}"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -5,6 +5,7 @@ loaded; the sources themselves say which fields and table rows there are.
 """
 
 import ast
+import contextlib
 import functools
 import importlib.util
 from pathlib import Path
@@ -51,6 +52,21 @@ def row_knobs(folder: str, row: str) -> dict[str, str]:
     """Knob -> type text of the Config in framework/algorithm/<folder>/<row>.py."""
     path = _package_dir("framework") / "algorithm" / folder / f"{row}.py"
     return _annotated_fields(path, {"Config"})
+
+
+@functools.cache
+def row_defaults(folder: str, row: str) -> dict[str, Any]:
+    """Knob -> what it is unless given, of the same Config; knobs without a literal are left out."""
+    path = _package_dir("framework") / "algorithm" / folder / f"{row}.py"
+    found: dict[str, Any] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef) or node.name != "Config":
+            continue
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value:
+                with contextlib.suppress(ValueError):
+                    found[item.target.id] = ast.literal_eval(item.value)
+    return found
 
 
 @functools.cache

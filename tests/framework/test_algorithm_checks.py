@@ -54,6 +54,14 @@ BROKEN = [
         ["algorithm=clip_cov", "algorithm.loss_args.covariance_low=5"],
         "covariance_low=5: must be below algorithm.loss_args.covariance_high=5.0",
     ),
+    (  # the other one is as in the row
+        ["algorithm.loss=clip_cov", "algorithm.loss_args={covariance_low: 10}"],
+        "covariance_low=10: must be below algorithm.loss_args.covariance_high=5.0",
+    ),
+    (
+        ["algorithm.correction=geometric", "algorithm.correction_args={high: 0.5}"],
+        "algorithm.correction_args.low=0.99: above algorithm.correction_args.high=0.5",
+    ),
     (["algorithm=gigpo", "algorithm.advantage_args.gamma=2"], "gamma=2: must be in [0, 1]"),
     (["algorithm=clip_cov", "algorithm.loss_args.share=0"], "share=0: must be greater than 0"),
     (["algorithm=kl_cov", "algorithm.loss_args.share=2"], "share=2: a share is at most 1"),
