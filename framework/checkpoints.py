@@ -148,7 +148,10 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     """
     place = Path(path).expanduser()
     if not place.is_dir():
-        raise ValueError(f"checkpoint.resume={path}: no such directory")
+        raise ValueError(
+            f"checkpoint.resume={path}: no such directory; wanted: never, auto, or a checkpoint's "
+            "or a run's directory"
+        )
     if (place / MANIFEST).exists():
         return read_checkpoint(place)
     for root in (place, place / "checkpoints"):

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from framework.config import RunConfig
-from framework.config_fields import config_fields, nearest, open_dict_of
+from framework.config_fields import ELSEWHERE, config_fields, nearest, open_dict_of
 
 CONFIG_MODULE = "hydra_configs"
 ARGUMENTS_OF = {
@@ -160,7 +160,8 @@ def _first_key(section: str) -> str:
 
 def _unknown_key(key: str, value: Any) -> str:
     groups = () if "." in key else group_options()
-    guess = nearest(key, [*groups, *config_fields()])
+    named = ELSEWHERE.get(key.rpartition(".")[2])
+    guess = named or nearest(key, [*groups, *config_fields()])
     hint = f"did you mean {guess}?" if guess else "`drivetrain --help` lists every key"
     shown = "" if value is None else f"={value}"
     return f"{key}{shown}: no such key; {hint}"
@@ -219,6 +220,8 @@ def _hydra_message(error: Exception, parsed: Sequence[Override]) -> str:
     for item in parsed:
         if item.key_or_group == full_key:
             wanted = config_fields()[full_key].type_name if full_key in config_fields() else ""
+            if wanted and "could not be converted" in reason:
+                return f"{item.input_line}: {wanted} is wanted"
             hint = f" ({wanted} wanted)" if wanted else ""
             return f"{item.input_line}: {reason}{hint}"
     return f"{full_key}: {reason}" if full_key else reason

@@ -19,6 +19,24 @@ from framework.config import RunConfig
 
 OPEN_DICT = dict[str, Any]
 
+ELSEWHERE = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "steps": "num_steps",
+    "max_steps": "num_steps",
+    "total_steps": "num_steps",
+    "batch_size": "rollout.prompts_per_step",
+    "group_size": "rollout.samples_per_prompt",
+    "num_generations": "rollout.samples_per_prompt",
+    "max_tokens": "rollout.sampling.max_new_tokens",
+    "temperature": "rollout.sampling.temperature",
+    "save_every": "checkpoint.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "eval_steps": "eval.every_steps",
+    "beta": "algorithm.kl_coef",
+}
+"""Last parts of keys, as other frameworks name them, where no likeness of letters finds ours."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ConfigField:

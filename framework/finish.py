@@ -68,10 +68,12 @@ def _outcome(config: RunConfig, history: RunHistory) -> str:
     parts = []
     if config.mode == "eval":
         return f"accuracy {_measured(RunDir(config.run_dir)):.3f}"
+    # A policy that is its own reference ties every pair, which is not right: it begins at 0.
+    what = "accuracy" if config.stage in ("rl", "sft") else "accuracy of preferences"
     if len(history.accuracies) > 1:
-        parts.append(f"accuracy {history.accuracies[0]:.3f} -> {history.accuracies[-1]:.3f}")
+        parts.append(f"{what} {history.accuracies[0]:.3f} -> {history.accuracies[-1]:.3f}")
     elif history.accuracies:
-        parts.append(f"accuracy {history.accuracies[0]:.3f}")
+        parts.append(f"{what} {history.accuracies[0]:.3f}")
     elif history.losses:
         parts.append(f"loss {history.losses[0]:.4f} -> {history.losses[-1]:.4f}")
     parts.append(f"{history.steps_done} steps")

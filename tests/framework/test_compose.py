@@ -1,6 +1,7 @@
 """Composition: groups, overrides, the round trip through config.yaml, and help."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from framework.compose import (
     shown_yaml,
 )
 from framework.config import RunConfig
-from framework.config_fields import config_fields, nearest
+from framework.config_fields import ELSEWHERE, config_fields, nearest
 from framework.help_text import help_text
 from framework.notes import config_notes
 from framework.objective import build_objective
@@ -242,3 +243,21 @@ def test_a_missing_directory_says_which_experiment_makes_it(tmp_path: Path) -> N
     run_dir = tmp_path / "rlhf_sft"
     config = compose_config([f"model.hf_path={run_dir / 'tiny_model'}"])
     assert any("drivetrain experiment=rlhf_sft makes it" in line for line in check_config(config))
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("lr=1e-4", "did you mean optimizer.lr?"),
+        ("steps=10", "did you mean num_steps?"),
+        ("rollout.batch_size=8", "did you mean rollout.prompts_per_step?"),
+        ("optimizer.lr=fast", "optimizer.lr=fast: float is wanted"),
+    ],
+)
+def test_what_other_frameworks_call_it_is_told_by_our_name(typed: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose_config([typed])
+
+
+def test_other_frameworks_names_are_answered_by_keys_that_exist() -> None:
+    assert set(ELSEWHERE.values()) <= set(config_fields())
