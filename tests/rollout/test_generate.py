@@ -85,7 +85,7 @@ class PaysNothingReal(EchoEnvironment):
 def test_a_reward_that_is_no_number_costs_its_own_sample(chat, weight):
     """Also where another reward takes its place; and what is left of it can be journaled."""
     environments = [PaysNothingReal(seed=0, num_turns=2), EchoEnvironment(seed=0, num_turns=2)]
-    samples, _ = run(chat, environments, environment_weight=weight)
+    samples, _ = run(chat, environments, environment_weight=weight, timeout_s=5.0)
     assert [sample.status for sample in samples] == [Status.FAILED, Status.STOPPED]
     assert "the reward is nan" in samples[0].metadata["error"]
     for sample in samples:
@@ -185,13 +185,13 @@ def test_what_the_engine_does_not_take_costs_its_own_sample_only(chat):
     environments = [EchoEnvironment(seed=0), LongPrompt(seed=0), EchoEnvironment(seed=0)]
     environments[1].length = 17
     client = SmallClient(chat, last_question)
-    first, long, last = run(chat, environments, client=client)[0]
+    first, long, last = run(chat, environments, client=client, timeout_s=5.0)[0]
     assert (first.reward, last.reward) == (2.0, 2.0)
     assert long.status is Status.FAILED
     assert long.metadata["error"] == "prompt: status 400: 18 tokens are too many"
     talkative = WordyEnvironment(seed=0)
     talkative.length = 12  # 17 tokens fit no more
-    (sample,) = run(chat, [talkative], client=client)[0]
+    (sample,) = run(chat, [talkative], client=client, timeout_s=5.0)[0]
     assert sample.metadata["error"] == "turn 1: status 400: 18 tokens are too many"
 
 
