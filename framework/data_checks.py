@@ -1,7 +1,6 @@
 """What is refused of the task, its reward and its filters. Imports the user's own code."""
 
 import asyncio
-import shutil
 from collections.abc import Iterator
 from random import Random
 
@@ -17,6 +16,7 @@ from rollout.environments import Environment
 from rollout.eval_overlap import check_overlap
 from rollout.eval_sets import EvalSettings
 from rollout.filters import GroupFilters
+from rollout.programs import missing_program
 from rollout.rewards import NEED_ANSWER, kinds_of, make_eval_reward, make_reward
 from rollout.rewards.sandbox import SandboxError, run_sandboxed
 
@@ -134,5 +134,5 @@ def _agent_errors(agent: AgentConfig) -> Iterator[str]:
             find_agent(agent.function)
         except ValueError as error:
             yield f"data.agent.function={agent.function}: {error}"
-    elif shutil.which(agent.command[0]) is None:
-        yield f"data.agent.command={agent.command}: there is no program {agent.command[0]}"
+    elif missing := missing_program(agent.command):
+        yield f"data.agent.command={agent.command}: {missing}"

@@ -1,6 +1,7 @@
 """What is allowed and yet seldom meant: said before a run starts, never refused."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from framework.config import RunConfig
 from framework.lora_checks import uses_lora
@@ -15,6 +16,12 @@ ADAPTERS_LR = 10
 
 def config_notes(config: RunConfig) -> Iterator[str]:
     """One line each, for a configuration that `checks` has accepted."""
+    taken = Path(config.run_dir, "config.yaml").exists()
+    if config.dry_run and taken and config.checkpoint.resume != "auto":
+        yield (
+            f"run_dir={config.run_dir}: already holds a run, which is refused without dry_run; "
+            "choose name=, or go on with it by checkpoint.resume=auto"
+        )
     if config.stage != "rl" or config.mode not in ("train", "train_only"):
         return
     staleness = config.rollout.max_staleness_steps

@@ -6,13 +6,15 @@
 Needs the package `mcp`.
 """
 
-import shutil
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
 from typing import Any
 
 from rollout.environments.base import Environment, EnvironmentStep, Message
+from rollout.programs import missing_program
 from rollout.tool_servers import ServerSpec, ToolServer, tool_server
 from rollout.tools import CALL, read_call, tools_prompt
 
@@ -59,7 +61,9 @@ class McpEnvironment(Environment):
         if session not in SESSIONS:
             raise ValueError(f"data.args.session={session}: must be one of {', '.join(SESSIONS)}")
         _check_address(command, url)
-        self._task = _find(task)(seed=seed, **(args or {}))
+        of_task = _find(task)
+        with _keys_of_the_task():
+            self._task = of_task(seed=seed, **(args or {}))
         self._wanted = list(tools)
         self._calls_left = max_calls
         spec = ServerSpec(
@@ -82,7 +86,16 @@ class McpEnvironment(Environment):
     @classmethod
     def finite(cls, split: str, **args: Any) -> list[int] | None:
         """The task's."""
-        return _find(args.get("task", "")).finite(split, **(args.get("args") or {}))
+        known = inspect.signature(cls).parameters
+        for name in args:
+            if name not in known:
+                raise ValueError(
+                    f"data.args.{name}: data.task=mcp has no such argument; those of the task go "
+                    f"below data.args.args (data.args.args.{name}=...)"
+                )
+        of_task = _find(args.get("task", ""))
+        with _keys_of_the_task():
+            return of_task.finite(split, **(args.get("args") or {}))
 
     async def initial_messages(self) -> list[Message]:
         """The task's, after what there is to call."""
@@ -154,8 +167,17 @@ def _check_address(command: Sequence[str], url: str) -> None:
         raise ValueError(f"data.args.url={url}: must begin with http:// or https://")
     if not all(isinstance(word, str) and word for word in command):
         raise ValueError(f"data.args.command={command}: a list of words is wanted")
-    if command and shutil.which(command[0]) is None:
-        raise ValueError(f"data.args.command={command}: there is no program {command[0]}")
+    if command and (missing := missing_program(command)):
+        raise ValueError(f"data.args.command={command}: {missing}")
+
+
+@contextmanager
+def _keys_of_the_task() -> Iterator[None]:
+    """A task's refusals name its arguments where it is played alone."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.args.", "data.args.args.")) from error
 
 
 def _find(task: str) -> type[Environment]:

@@ -364,7 +364,7 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
     (
         "one port of a run's agent and its set's",
         [
-            *("data.generate=agent", "data.agent.command=[python, a.py]"),
+            *("data.generate=agent", "data.agent.command=[python, -m, a]"),
             *("rollout.agent_port=4000", "eval.sets={best: {sampling: {temperature: 0}}}"),
         ],
         ["rollout.agent_port=4000: data, eval.sets.best have an endpoint each; must be 0"],
@@ -372,7 +372,7 @@ BROKEN: list[tuple[str, list[str], list[str]]] = [
     (
         "one port of two domains",
         [
-            *("data=mixture", "data.generate=agent", "data.agent.command=[python, a.py]"),
+            *("data=mixture", "data.generate=agent", "data.agent.command=[python, -m, a]"),
             "rollout.agent_port=4000",
         ],
         ["rollout.agent_port=4000: sort, spell have an endpoint each; must be 0"],

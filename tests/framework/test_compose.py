@@ -232,6 +232,15 @@ def test_what_is_seldom_meant_is_said(line: list[str], named: list[str]) -> None
     assert [note.split(" ")[0].rstrip(":") for note in notes] == named
 
 
+def test_a_dry_run_says_that_the_directory_is_taken(tmp_path: Path) -> None:
+    line = ["dry_run=true", f"run_dir={tmp_path}"]
+    assert not list(config_notes(compose_config(line)))
+    (tmp_path / "config.yaml").touch()
+    (note,) = config_notes(compose_config(line))
+    assert note.startswith(f"run_dir={tmp_path}: already holds a run")
+    assert not list(config_notes(compose_config([*line, "checkpoint.resume=auto"])))
+
+
 def test_the_readme_names_every_experiment() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text()
     table = text.partition("## Experiments\n")[2].partition("\n## ")[0]

@@ -401,13 +401,15 @@ def test_what_a_server_says_beside_its_answers_does_no_harm(how):
         ({"command": "python"}, "must be a list"),
         ({"url": "file:///etc/passwd", "command": []}, "must begin with http:// or https://"),
         ({"command": ["no-such-program"]}, "there is no program no-such-program"),
+        ({"command": ["python", "gone.py"]}, "gone.py: no such file in "),
         ({"command": ["true", 7]}, "a list of words is wanted"),
         ({"task": ""}, "names no task"),
         ({"task": "sport"}, "data.args.task=sport"),
         ({"max_calls": 0}, "max_calls=0"),
         ({"session": "group"}, "session=group: must be one of server, episode"),
         ({"call_timeout_s": 0}, "call_timeout_s=0"),
-        ({"args": {}}, "data.args.path: names no file"),
+        ({"args": {}}, "data.args.args.path: names no file"),
+        ({"question_key": "q"}, "data.args.question_key: data.task=mcp has no such argument"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, args, said):
