@@ -134,12 +134,12 @@ def run_rollout(run_dir: RunDir) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def journal(run_dir: RunDir) -> list[bytes]:
-    rows = []
-    for path in list_steps(run_dir.rollouts):
-        _, samples = read_step(path)
-        rows += [s.tokens.tobytes() + s.rollout_logprobs.tobytes() for s in samples]
-    return rows
+def journal(run_dir: RunDir) -> list[tuple[int, int, bytes]]:
+    """Of all steps: mode=rollout_only runs ahead, and which group is done first is the clock's."""
+    found = [sample for path in list_steps(run_dir.rollouts) for sample in read_step(path)[1]]
+    return sorted(
+        (s.group_id, s.index, s.tokens.tobytes() + s.rollout_logprobs.tobytes()) for s in found
+    )
 
 
 def test_rollout_only_twice_gives_the_same_samples(engine, tiny_model_dir, tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framework.algorithm.ratio_quantiles import NUM_BINS, count_log_ratios, ratio_quantile
@@ -12,6 +12,7 @@ from framework.algorithm.ratio_quantiles import NUM_BINS, count_log_ratios, rati
 LOGS = st.one_of(st.floats(-9, 9), st.floats(-1e-3, 1e-3), st.floats(-1e-6, 1e-6), st.just(0.0))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(LOGS, st.booleans()), min_size=1, max_size=40), st.floats(0, 1))
 def test_a_quantile_is_within_a_bin_of_the_exact_one(tokens, share):
     values = torch.tensor([value for value, _ in tokens], dtype=torch.float64)

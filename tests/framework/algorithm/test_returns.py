@@ -84,6 +84,7 @@ def test_the_coefficient_moves_by_a_fifth_at_most():
 BATCHES = st.lists(st.lists(st.floats(-5, 5), max_size=6), min_size=1, max_size=5)
 
 
+@settings(deadline=None)  # a busy machine takes longer
 @given(BATCHES)
 def test_the_running_spread_is_that_of_everything_seen(batches):
     whole, goes_on = RunningStd(), RunningStd()
