@@ -54,6 +54,7 @@ def _hooks() -> dict[str, tuple[str, Callable]]:
     updater = "sglang.srt.managers.scheduler_components.weight_updater"
     manager = f"{updater}.SchedulerWeightUpdaterManager"
     host = "sglang.srt.mem_cache.pool_host.common"
+    sampler = "sglang.srt.layers.sampler"
     return {
         f"{runner}.maybe_enable_batch_invariant_mode": ("replace", _enable_batch_invariant_mode),
         f"{attention}._run_sdpa_forward_decode": ("around", cpu_attention.run_decode),
@@ -61,7 +62,11 @@ def _hooks() -> dict[str, tuple[str, Callable]]:
         f"{manager}.release_memory_occupation": ("after", cpu_memory.release),
         f"{manager}.resume_memory_occupation": ("before", cpu_memory.resume),
         f"{host}._cuda_host_register": ("replace", cpu_memory.register),
-        "sglang.srt.layers.sampler.murmur_hash32": ("replace", cpu_sampling.murmur_hash32),
+        f"{sampler}.murmur_hash32": ("replace", cpu_sampling.murmur_hash32),
+        f"{sampler}.top_k_top_p_min_p_sampling_from_probs_torch": (
+            "around",
+            cpu_sampling.draw_by_id,
+        ),
     }
 
 

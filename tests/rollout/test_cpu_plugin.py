@@ -168,3 +168,41 @@ def test_stand_ins_import_but_never_run():
     command = [sys.executable, "-c", STUBS]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "fine", result.stderr
+
+
+DRAWS = """
+import torch
+from rollout.server import stubs
+stubs.install()
+from sglang.srt.layers import sampler
+from rollout.server.cpu_sampling import draw_by_id, murmur_hash32
+sampler.murmur_hash32 = murmur_hash32
+torch.manual_seed(2)
+probs = torch.randn(400, 50).softmax(-1)
+seeds, positions = torch.arange(400) * 7919, torch.arange(400) % 5
+free = sampler.sampling_from_probs_torch(probs, seeds, positions)
+
+def drawn(top_ks, top_p):
+    cuts = (torch.tensor(top_ks), torch.full((400,), top_p), torch.zeros(400))
+    return draw_by_id(None, probs, *cuts, False, seeds, positions)
+
+greedy = torch.arange(400) % 2 == 0
+mixed = drawn([1 if each else 1 << 30 for each in greedy.tolist()], 1.0)
+assert torch.equal(mixed[~greedy], free[~greedy])
+assert torch.equal(mixed[greedy].long(), probs[greedy].argmax(-1))
+few = drawn([3] * 400, 1.0)
+assert (few[:, None] == probs.topk(3).indices).any(-1).all()
+assert len(few.unique()) > 10
+likely = drawn([1 << 30] * 400, 0.5)
+above = (probs * (probs > probs.gather(1, likely[:, None].long()))).sum(-1)
+assert (above <= 0.5).all()
+assert not torch.equal(likely, free)
+print("fine")
+"""
+
+
+def test_a_seed_draws_the_same_token_beside_a_greedy_request():
+    """Its own cuts aside, a row's token is that of a batch in which nobody cuts anything."""
+    command = [sys.executable, "-c", DRAWS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip().endswith("fine"), result.stderr
