@@ -20,8 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
 from layouts import CASES, LOSS_TOLERANCE, PLANTED, WEIGHT_TOLERANCE  # noqa: E402
 
 HEADER = (
-    "| layout | processes | loss, relative above 1 | weights, absolute | gradient norm | entropy "
-    "| time |"
+    "| layout | processes | loss, relative | weights, absolute | gradient norm | entropy | time |"
 )
 
 

@@ -7,6 +7,9 @@ from framework.config_lora import ATTENTION_TARGETS, LORA_TARGETS
 
 LOSS_TOLERANCE = 1e-6
 """Largest relative difference of a step's loss from that of one rank."""
+NOISY = ("reward_kl",)
+"""Objectives whose losses, below 1, are compared absolutely: a reward holds the k1 of all tokens
+that follow, small differences of log-probs (rounded by 6e-6), and the terms of the mean cancel."""
 WEIGHT_TOLERANCE = 1e-5
 """Largest absolute difference of any weight after the last step."""
 

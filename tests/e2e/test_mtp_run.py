@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import torch
 from runs import drivetrain, metrics, weights
 from safetensors.torch import load_file, save_file
 
 from framework.config import TinyModelConfig
 from framework.tiny_model import create_tiny_model
 from megatron_bridge.convert import main
-from megatron_bridge.mapping import hf_shapes
+from tests.megatron_bridge.mtp_models import GLM
+from tests.random_weights import random_weights
 
 pytestmark = [
     pytest.mark.nightly,  # two trainings through the command: a minute
@@ -22,25 +22,6 @@ COPIES = {
     f"{LATER}embed_tokens.weight": "model.embed_tokens.weight",
     f"{LATER}shared_head.head.weight": "lm_head.weight",
 }
-GLM = {
-    "architectures": ["Glm4MoeForCausalLM"],
-    "model_type": "glm4_moe",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "attention_bias": True,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 1024,
-    "num_nextn_predict_layers": 1,
-    "dtype": "float32",
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +31,9 @@ def start(tmp_path_factory):
     create_tiny_model(TinyModelConfig(), path)
     tiny = json.loads((path / "config.json").read_text())
     kept = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = GLM | {name: tiny[name] for name in kept}
+    config = GLM | {name: tiny[name] for name in kept} | {"dtype": "float32"}
     (path / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(3)
-    tensors = {}
-    for name, shape in hf_shapes(config).items():
-        values = torch.randn(shape, generator=generator)
-        tensors[name] = 1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5
+    tensors = random_weights(config, 3)
     tensors |= {copy: tensors[original].clone() for copy, original in COPIES.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path

@@ -14,25 +14,7 @@ from framework.plan import estimate_sections
 from framework.plan.stages import model_values
 from megatron_bridge.conversion import to_megatron
 from megatron_bridge.mapping import hf_shapes
-
-GLM = {
-    "architectures": ["Glm4MoeForCausalLM"],
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "attention_bias": True,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 4096,
-    "num_nextn_predict_layers": 1,
-}
+from tests.megatron_bridge.mtp_models import GLM
 
 
 @functools.cache
