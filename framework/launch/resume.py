@@ -9,6 +9,7 @@ from framework.checkpoints import Checkpoint, find_checkpoint, newest_checkpoint
 from framework.compose import ConfigError, load_run_config, without_keys
 from framework.config import RunConfig
 from framework.lora_checks import uses_lora
+from megatron_bridge.torch_dist import TorchDistCheckpoint, is_torch_dist
 from rollout.config import RolloutBatch
 from rollout.journal import drop_steps, trim_lines
 from rollout.mixture import read_domains
@@ -66,6 +67,7 @@ def resume_errors(config: RunConfig) -> Iterator[str]:
             else:
                 old = load_run_config(found.path)
                 yield from _lower_bound(old, config)
+                yield from _lost_heads(found, config)
                 if uses_lora(config):
                     yield from _other_base(old, config)
         elif not run_dir.config.exists():
@@ -166,6 +168,16 @@ def _lower_bound(old: RunConfig, new: RunConfig) -> Iterator[str]:
                 f"to {before}, which may wait to be trained; raise it by {before - now} or more"
             )
             return
+
+
+def _lost_heads(found: Checkpoint, new: RunConfig) -> Iterator[str]:
+    """A policy that is built without them would go on without a word."""
+    held = is_torch_dist(found.path) and TorchDistCheckpoint(found.path).has_mtp
+    if held and not new.model.mtp:
+        yield (
+            f"checkpoint.resume={new.checkpoint.resume}: its multi-token prediction layers would "
+            "be lost; set model.mtp=true"
+        )
 
 
 def _other_base(old: RunConfig, new: RunConfig) -> Iterator[str]:

@@ -39,23 +39,29 @@ def start(tmp_path_factory):
     return path
 
 
+def run(start, run_dir, *overrides, mtp, check=True):
+    """Supervised training of that model; the finished process."""
+    return drivetrain(
+        "experiment=smoke",
+        "stage=sft",
+        f"model.hf_path={start}",
+        f"model.mtp={mtp}",
+        f"run_dir={run_dir}",
+        "warm_start.num_steps=0",
+        "optimizer.lr=1e-3",
+        "checkpoint.every_steps=3",
+        "tracker.tensorboard=false",
+        *overrides,
+        check=check,
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(start, tmp_path_factory):
     """The directories of a run without and of one with such layers, by model.mtp."""
     root = tmp_path_factory.mktemp("runs")
     for mtp in (False, True):
-        drivetrain(
-            "experiment=smoke",
-            "stage=sft",
-            f"model.hf_path={start}",
-            f"model.mtp={mtp}",
-            f"run_dir={root / str(mtp)}",
-            "num_steps=3",
-            "warm_start.num_steps=0",
-            "optimizer.lr=1e-3",
-            "checkpoint.every_steps=3",
-            "tracker.tensorboard=false",
-        )
+        run(start, root / str(mtp), "num_steps=3", mtp=mtp)
     return {mtp: root / str(mtp) for mtp in (False, True)}
 
 
@@ -90,3 +96,13 @@ def test_checkpoints_give_the_same_directory(start, finished, tmp_path, mtp):
     found, wanted = load_file(tmp_path / "hf" / "model.safetensors"), weights(finished[mtp])
     assert found.keys() == wanted.keys()
     assert all(found[name].equal(wanted[name]) for name in wanted)
+
+
+def test_a_run_goes_on_only_with_them(start, finished, tmp_path):
+    onward = ("num_steps=4", f"checkpoint.resume={finished[True] / 'checkpoints' / 'step_000003'}")
+    done = run(start, tmp_path / "without", *onward, mtp=False, check=False)
+    assert done.returncode == 2
+    assert f"{onward[1]}: its multi-token prediction layers would be lost" in done.stderr
+    assert not (tmp_path / "without").exists()
+    run(start, tmp_path / "with", *onward, mtp=True)
+    assert "train/mtp_loss" in metrics(tmp_path / "with")[-1]
